@@ -1,0 +1,78 @@
+"""Minimal random code learning (Havasi et al. 2019, arXiv 1810.00440): one of 2^bits candidates, in exactly `bits` bits.
+
+`choice="sample"` draws the candidate with probability proportional to its density ratio, as the paper does; `"best"`
+takes the largest ratio, which loses the least (the ratio is the loss in units of beta).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from ..bits import NATS_PER_BIT
+from ..errors import CodingError
+from ..gaussian import Blocks
+from .base import Coder, Codewords, Scorer, chunks
+
+
+class MinimalRandom(Coder):
+    """MIRACLE's coder, the baseline.
+
+    Args:
+        bits: length of every index; default the mean KL of the blocks, rounded up, plus `extra_bits`.
+        extra_bits: see `bits`; MIRACLE has 0.
+        choice: "sample" or "best".
+        choice_seed: the encoder's own randomness.
+    """
+
+    name = "minimal-random"
+
+    def __init__(self, *, bits: int | None = None, extra_bits: float = 0.0, choice: str = "sample", choice_seed: int = 0):
+        if choice not in ("sample", "best"):
+            raise CodingError(f"choice must be 'sample' or 'best', not {choice!r}")
+        if bits is not None and not 1 <= bits <= 24:
+            raise CodingError(f"an index of {bits} bits cannot be searched: choose 1 to 24")
+        self.fixed_length_bits = bits
+        self.extra_bits = extra_bits
+        self.choice = choice
+        self.choice_seed = choice_seed
+
+    def _bits(self, kl_nats: np.ndarray) -> int:
+        if self.fixed_length_bits is not None:
+            return self.fixed_length_bits
+        return int(np.clip(math.ceil(float(np.mean(kl_nats)) / NATS_PER_BIT + self.extra_bits), 1, 24))
+
+    def _encode(self, scorer: Scorer) -> Codewords:
+        bits = self._bits(scorer.kl_nats)
+        rows = np.arange(scorer.count)
+        entropy = [self.choice_seed, scorer.codebook.seed, scorer.tensor, *scorer.numbers[:1].tolist()]
+        rng = torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        best, at = torch.full((scorer.count,), -torch.inf), torch.zeros(scorer.count, dtype=torch.int64)
+        chosen = best.clone()
+        for start, stop in chunks(1 << bits):
+            score = scorer.score(start, stop, rows)
+            # the largest of l + Gumbel noise is a draw in proportion to r (Gumbel-max)
+            race = score - torch.empty_like(score).exponential_(generator=rng).log() if self.choice == "sample" else score
+            top = race.max(0)
+            better = top.values > best
+            best = torch.where(better, top.values, best)
+            at = torch.where(better, start + top.indices + 1, at)
+            chosen = torch.where(better, score.gather(0, top.indices[None, :])[0], chosen)
+        length = np.full(scorer.count, float(bits))
+        return Codewords(at.numpy(), length, chosen.double().numpy(), np.zeros(scorer.count, bool), scorer.dimension, {"bits": bits})
+
+    def expected_bits(self, mean, std, prior_std) -> np.ndarray:
+        """See `Coder.expected_bits`: every index has the same length."""
+        mean, std, prior_std = (torch.as_tensor(v).double() for v in (mean, std, prior_std))
+        kl_nats = Blocks.of(mean, std, prior_std).kl_nats().numpy()
+        return np.full(len(kl_nats), float(self._bits(kl_nats)))
+
+    def index_bits(self, index: np.ndarray) -> np.ndarray:
+        """See `Coder.index_bits`."""
+        return np.full(len(index), float(self.fixed_length_bits or 0))
+
+    def predict_bits(self, kl_bits: float) -> float:
+        """The length of an index; a block is to carry that much KL less what the choice gains."""
+        return float(self.fixed_length_bits) if self.fixed_length_bits else kl_bits + self.extra_bits

@@ -1,0 +1,268 @@
+"""Turn a trained network into a Bayesian one: every weight gets a posterior that starts at its trained value.
+
+In comes any `nn.Module`, out goes a copy with variational layers and a `Conversion`: the account of every entry of the
+original state dict, so that nothing is silently left out of the file. Leans on `layers` and `structure`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .errors import MismatchError, UnsupportedModelError
+from .layers import LOCAL_CLASSES, Posterior, drawing_class, hold_in_eval, posteriors
+from .structure import Link, Structure, trace
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the original state dict and how it will be stored.
+
+    `kind` is "coded" (has a posterior), "constant" (all zero or all one, after folding), "raw" (stored as it is) or
+    "alias" (the same tensor as entry `alias_of`).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str
+    alias_of: str | None = None
+    constant: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes that the values take uncompressed."""
+        return self.size * torch.empty(0, dtype=self.dtype).element_size()
+
+
+@dataclass
+class Conversion:
+    """What `convert` did: every state-dict entry, the links between layers, and the layers with noise on their outputs."""
+
+    entries: list[Entry]
+    links: tuple[Link, ...] = ()
+    modules: dict[str, str] = field(default_factory=dict)
+
+    def of_kind(self, kind: str) -> list[Entry]:
+        """The entries of one kind, in state-dict order."""
+        return [e for e in self.entries if e.kind == kind]
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of all tensors that stay raw."""
+        return sum(e.raw_bytes for e in self.of_kind("raw"))
+
+    def __str__(self) -> str:
+        coded, raw = self.of_kind("coded"), self.of_kind("raw")
+        lines = [f"{sum(e.size for e in coded):,} weights in {len(coded)} tensors will be coded"]
+        folded = [e.name for e in self.of_kind("constant")]
+        if folded:
+            lines.append(f"{len(folded)} tensors are constant after folding BatchNorm and cost 2 bits each")
+        if raw:
+            lines.append(f"{self.raw_bytes:,} bytes stay raw: " + ", ".join(e.name for e in raw))
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module,
+    *,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    fold: bool = True,
+    per_unit: bool = False,
+) -> nn.Module:
+    """Copy `model` with a Gaussian posterior for every floating-point parameter, means at the trained weights.
+
+    Args:
+        model: a trained network; it is left alone.
+        where: `where(module_name, module) -> bool` chooses the modules whose own parameters are coded; default all. The
+            other parameters, and all buffers, are stored raw and counted.
+        fold: fold each BatchNorm into the layer before it where that is exact. Names and shapes stay: the norm is left
+            with weight 1, mean 0 and variance 1, and its bias carries what remains.
+        per_unit: one prior scale per output unit instead of one per tensor.
+    Returns:
+        The Bayesian copy. `print(copy.conversion)` says what is coded and what stays raw.
+    Raises:
+        UnsupportedModelError: no parameter can be coded, or weights are NaN or infinite.
+    Example:
+        >>> bnn = convert(nn.Linear(3, 2))
+        >>> sorted(bnn.state_dict())[:2]
+        ['posterior.bias.fixed', 'posterior.bias.log_std']
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"convert() takes an nn.Module, not {type(model).__name__}")
+    if posteriors(model):
+        raise UnsupportedModelError("this model is already converted; pass the original network")
+    _check_finite(model)
+    original = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+    structure = trace(model)
+    net = copy.deepcopy(model)
+    constants = _fold_norms(net, structure) if fold else {}
+    aliases = _aliases(net)
+    chosen = _chosen_parameters(net, where, skip=set(constants))
+    if not chosen:
+        kinds = sorted({type(m).__name__ for m in model.modules()})
+        raise UnsupportedModelError(f"no parameter to code among the modules {', '.join(kinds)}: is `where` too narrow?")
+    modules = _attach_posteriors(net, chosen, per_unit)
+    for _, norm_name in structure.norms if fold else ():
+        norm = net.get_submodule(norm_name)
+        norm.weight.requires_grad_(False)
+        hold_in_eval(norm)
+    entries = [_entry(name, shape, dtype, chosen, constants, aliases) for name, (shape, dtype) in original.items()]
+    net.conversion = Conversion(entries, _usable_links(net, structure), modules)  # type: ignore[assignment]
+    net.register_forward_pre_hook(_begin_forward)
+    net.register_forward_hook(_end_forward)
+    return net
+
+
+def _begin_forward(net: nn.Module, _: object) -> None:
+    for p in posteriors(net).values():
+        p.cache_draws(True)
+
+
+def _end_forward(net: nn.Module, _: object, __: object) -> None:
+    for p in posteriors(net).values():
+        p.cache_draws(False)
+
+
+def conversion(model: nn.Module) -> Conversion:
+    """The `Conversion` of a converted model.
+
+    Raises:
+        MismatchError: the model did not come from `convert`.
+    """
+    found = getattr(model, "conversion", None)
+    if not isinstance(found, Conversion):
+        raise MismatchError(f"{type(model).__name__} is not a converted model: call miracle_ban.convert(model) first")
+    return found
+
+
+def drop_units(model: nn.Module, link: Link, keep: Tensor) -> None:
+    """Keep only the hidden units `keep` (indices, in their new order) of a link, in both layers that they join."""
+    held = posteriors(model)
+    for tensor in ("weight", "bias"):
+        producer = held.get(f"{link.producer}.{tensor}")
+        if producer is not None:
+            producer.select(0, keep)
+    inputs = (keep[:, None] * link.multiplicity + torch.arange(link.multiplicity, device=keep.device)).flatten()
+    held[f"{link.consumer}.weight"].select(1, inputs)
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, t in model.state_dict().items():
+        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            bad = int((~torch.isfinite(t)).sum())
+            raise UnsupportedModelError(f"{name} holds {bad} NaN or infinite value(s) of {t.numel()}: repair the weights before coding")
+
+
+def _aliases(net: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    result = {}
+    for name, p in net.named_parameters(remove_duplicate=False):
+        if id(p) in first:
+            result[name] = first[id(p)]
+        else:
+            first[id(p)] = name
+    return result
+
+
+def _chosen_parameters(net: nn.Module, where: Callable[[str, nn.Module], bool] | None, skip: set[str]) -> dict[str, Tensor]:
+    chosen = {}
+    for module_name, module in net.named_modules(remove_duplicate=False):
+        for own, p in module._parameters.items():
+            name = f"{module_name}.{own}" if module_name else own
+            if p is None or name in skip or not p.is_floating_point() or p.numel() == 0:
+                continue
+            if where is None or where(module_name, module):
+                chosen[name] = p
+    return chosen
+
+
+def _attach_posteriors(net: nn.Module, chosen: dict[str, Tensor], per_unit: bool) -> dict[str, str]:
+    """Replace the chosen parameters by posteriors; returns which modules draw on their output ("local") or directly."""
+    by_tensor: dict[int, Posterior] = {}
+    uses: dict[int, int] = {}
+    for p in chosen.values():
+        uses[id(p)] = uses.get(id(p), 0) + 1
+    how = {}
+    for module_name, module in list(net.named_modules()):
+        names = [own for own in module._parameters if _join(module_name, own) in chosen]
+        if not names:
+            continue
+        held, tied = {}, False
+        for own in names:
+            p = chosen[_join(module_name, own)]
+            tied |= uses[id(p)] > 1
+            held[own] = by_tensor.setdefault(id(p), Posterior(_join(module_name, own), p, per_unit=per_unit))
+        local = LOCAL_CLASSES.get(type(module)) if not tied and set(names) == _own_parameters(module) else None
+        for own in names:
+            del module._parameters[own]
+        module.posterior = nn.ModuleDict(held)
+        module.__class__ = drawing_class(local or type(module), tuple(names))
+        for posterior in held.values():
+            posterior.local = local is not None
+        how[module_name] = "local" if local else "direct"
+    return how
+
+
+def _join(module_name: str, own: str) -> str:
+    return f"{module_name}.{own}" if module_name else own
+
+
+def _own_parameters(module: nn.Module) -> set[str]:
+    return {n for n, p in module._parameters.items() if p is not None}
+
+
+def _entry(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, chosen: dict[str, Tensor], constants: dict[str, int], aliases: dict[str, str]
+) -> Entry:
+    if name in aliases:
+        return Entry(name, shape, dtype, "alias", alias_of=aliases[name])
+    if name in constants:
+        return Entry(name, shape, dtype, "constant", constant=constants[name])
+    return Entry(name, shape, dtype, "coded" if name in chosen else "raw")
+
+
+def _usable_links(net: nn.Module, structure: Structure) -> tuple[Link, ...]:
+    """Links of which both layers draw on their output: only these compute with the live units alone."""
+    held = posteriors(net)
+    names = {n for link in structure.links for n in (link.producer, link.consumer)}
+    local = {n for n in names if f"{n}.weight" in held and held[f"{n}.weight"].local}
+    normed = {layer for layer, _ in structure.norms}
+    return tuple(k for k in structure.links if k.producer in local and k.consumer in local and k.producer not in normed)
+
+
+@torch.no_grad()
+def _fold_norms(net: nn.Module, structure: Structure) -> dict[str, int]:
+    """Move every foldable BatchNorm into the layer before it; returns the entries that are now constant.
+
+    The layer's weight takes the factor g = weight / sqrt(var + eps) * sqrt(1 + eps), so that the norm with variance 1 and
+    weight 1 is the identity up to its bias.
+    """
+    constants: dict[str, int] = {}
+    for layer_name, norm_name in structure.norms:
+        layer, norm = net.get_submodule(layer_name), net.get_submodule(norm_name)
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        shift = norm.bias - norm.running_mean * scale
+        if layer.bias is not None:
+            shift = shift + layer.bias * scale
+            layer.bias.zero_()
+            constants[f"{layer_name}.bias"] = 0
+        factor = (scale * (1.0 + norm.eps) ** 0.5).reshape(-1, *[1] * (layer.weight.dim() - 1))
+        layer.weight.mul_(factor)
+        norm.weight.fill_(1.0)
+        norm.bias.copy_(shift)
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1.0)
+        for own, value in (("weight", 1), ("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+            constants[f"{norm_name}.{own}"] = value
+        norm.num_batches_tracked.zero_()
+    return constants

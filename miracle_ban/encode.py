@@ -1,0 +1,321 @@
+"""Packaging: code the posteriors block by block, fix each block at its decoded value, refine what is left.
+
+Blocks go in rounds, those of largest KL first. After each round the weights that are not coded yet are trained on, around
+the ones that are, with beta steered so that the rest of the file fits the rest of the budget. State is written after every
+round, so an interrupted packaging resumes. Leans on `train`, `plan`, `blocks`, `coders`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from . import coders
+from .bits import NATS_PER_BIT, parse_bytes
+from .blocks import layout
+from .coders.base import Codebook
+from .container import Archive
+from .convert import convert
+from .errors import BudgetError, CodingError
+from .gaussian import Blocks
+from .layers import Posterior, posteriors
+from .objective import Steering
+from .plan import carries_names, freeze_priors, num_blocks, side_bits, skeleton
+from .train import BLOCK_BITS, Feed, FitReport, Loss, Session, fit, index_budget_bits, make_optimizer, train_step
+
+
+@dataclass
+class TensorBlocks:
+    """The blocks of one tensor while they are coded."""
+
+    number: int
+    posterior: Posterior
+    place: np.ndarray  # [blocks, d] positions in the flattened live tensor, -1 where a block is short
+    index: np.ndarray
+    coded: np.ndarray
+    kl_bits: np.ndarray  # at the time of coding
+    bits: np.ndarray
+    log2_ratio: np.ndarray
+
+
+@dataclass
+class State:
+    """Everything that a resumed packaging needs."""
+
+    tensors: list[TensorBlocks]
+    steering: Steering
+    round: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def encode(
+    model: nn.Module,
+    batches: Iterable | None = None,
+    loss: Loss | None = None,
+    *,
+    coder: str | coders.Coder = "gprs",
+    seed: int = 0,
+    budget: str | int | None = None,
+    block_bits: float | None = None,
+    rounds: int = 50,
+    refine_steps: int = 50,
+    learning_rate: float = 1e-3,
+    names: bool | None = None,
+    num_examples: int | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> Archive:
+    """Code one draw of the posterior of every weight into an `Archive`.
+
+    Args:
+        model: from `convert`, trained by `fit`; afterwards its weights are fixed at the coded values.
+        batches, loss: as in `fit`; with them the weights not coded yet are refined between rounds.
+        coder: name of a coder, or a `coders.Coder`.
+        seed: key of the shared randomness, stored in the file (small ones in fewer bits).
+        budget: size of the whole file that refinement steers at; default what `fit` was given.
+        block_bits: KL that one block carries, bits; default what `fit` was given.
+        rounds: how often coding stops to refine.
+        refine_steps: gradient steps after each round.
+        learning_rate: of the means while refining.
+        names: store names and shapes; default if the file is going to be larger than 10 kB.
+        num_examples: N; default the length of the data set.
+        checkpoint: file that keeps the state after every round; if it exists, packaging resumes from it.
+        progress: show a progress bar on stderr.
+    Returns:
+        The archive; `archive.info` has bits, KL and log density ratio of all blocks, and the seconds taken.
+    Raises:
+        BudgetError: the budget cannot be met.
+        CodingError: the posteriors are not finite, or the checkpoint belongs to another run.
+    """
+    started = time.monotonic()
+    session: Session | None = getattr(model, "session", None)
+    coder = coders.get(coder) if isinstance(coder, str) else coder
+    block_bits = block_bits or (session.block_bits if session else BLOCK_BITS)
+    budget_bytes = parse_bytes(budget) if budget is not None else session.budget_bytes if session else None
+    budget_bits = None if budget_bytes is None else 8.0 * budget_bytes
+    if not 0 <= seed < 1 << 64:
+        raise CodingError(f"seed must be from 0 to 2^64 - 1, not {seed}")
+    _check_finite(model)
+    codes = freeze_priors(model)
+    archive = skeleton(model, coder=coder, seed=seed, names=carries_names(names, model, budget_bits), codes=codes)
+    side = side_bits(archive)
+    state = State(_divide(model, archive, seed, block_bits), Steering(session.beta if session else 1.0, gain=0.01))
+    refining = batches is not None and loss is not None and refine_steps > 0
+    feed = Feed(batches, next(model.parameters()).device, num_examples) if refining else None
+    goal = index_budget_bits(budget_bytes, side) if budget_bytes is not None else None
+    optimizer = make_optimizer(model, learning_rate)
+    if checkpoint is not None and Path(checkpoint).exists():
+        _resume(Path(checkpoint), model, optimizer, state, seed, coder)
+    total = sum(len(t.index) for t in state.tensors)
+    rounds = max(1, min(rounds, total)) if refining else 1
+    codebook = Codebook(seed)
+    bar = tqdm(total=total, initial=_num_coded(state), disable=not progress, file=sys.stderr, desc="encode", unit="block")
+    model.train()
+    while _num_coded(state) < total:
+        share = -(-(total - _num_coded(state)) // max(rounds - state.round, 1))
+        _code_round(state, coder, seed, codebook, share if refining else total)
+        state.round += 1
+        spent = _spent_bits(state, coder)
+        if feed is not None and loss is not None and _num_coded(state) < total:
+            feed.restart()
+            value = _refine(model, feed, loss, optimizer, state, coder, refine_steps, None if goal is None else goal - spent)
+            state.history.append({"coded": _num_coded(state), "loss": value, "beta": state.steering.beta, "spent_bits": spent})
+            bar.set_postfix_str(f"loss {value:.4f}, beta {state.steering.beta:.3g}, {(side + spent) / 8:,.0f} bytes so far")
+        if checkpoint is not None:
+            _write_checkpoint(Path(checkpoint), model, optimizer, state, seed, coder)
+        bar.update(_num_coded(state) - bar.n)
+    bar.close()
+    for t in state.tensors:
+        archive.records[t.number].index = t.index
+    size = archive.size_bytes
+    archive.info = _account(state, archive, size, time.monotonic() - started)
+    if budget_bytes is not None and size > 1.02 * budget_bytes:
+        raise BudgetError(
+            f"the file would take {size} bytes, over the budget of {budget_bytes}: train towards the budget first (fit(..., budget=...)), "
+            "or give encode() batches and a loss to refine with"
+        )
+    if checkpoint is not None:
+        Path(checkpoint).unlink(missing_ok=True)
+    return archive
+
+
+def compress(
+    net: nn.Module,
+    batches: Iterable | None = None,
+    loss: Loss | None = None,
+    *,
+    budget: str | int,
+    epochs: float = 30.0,
+    coder: str | coders.Coder = "gprs",
+    seed: int = 0,
+    where: Any = None,
+    fit_options: dict[str, Any] | None = None,
+    encode_options: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> Archive:
+    """convert + fit + encode: a trained network becomes an archive of at most `budget`.
+
+    Args:
+        net: a trained network; it is left alone.
+        batches: iterable of (inputs, targets): the training set.
+        loss: `loss(outputs, targets)` -> mean negative log-likelihood of the batch, nats.
+        budget: size of the whole file, bytes or text such as "20 kB".
+        epochs: passes over `batches` in `fit`.
+        coder, seed: as in `encode`.
+        where: as in `convert`.
+        fit_options, encode_options: further keyword arguments of `fit` and `encode`.
+        progress: show progress bars on stderr.
+    Returns:
+        The archive; `archive.info["fit"]` is the `FitReport` as a dictionary.
+    Raises:
+        MiracleError: see `convert`, `fit` and `encode`.
+    Example:
+        >>> archive = compress(net, loader, F.cross_entropy, budget="1.5 kB")  # doctest: +SKIP
+    """
+    if batches is None or loss is None:
+        raise CodingError("compress() needs batches and a loss to train with: compress(net, loader, F.cross_entropy, budget=...)")
+    model = convert(net, where=where)
+    report: FitReport = fit(
+        model, batches, loss, budget=budget, epochs=epochs, coder=coder, seed=seed, progress=progress, **(fit_options or {})
+    )
+    archive = encode(model, batches, loss, coder=coder, seed=seed, progress=progress, **(encode_options or {}))
+    archive.info["fit"] = report.as_dict()
+    return archive
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, p in posteriors(model).items():
+        if not bool(torch.isfinite(p.mean).all() & torch.isfinite(p.log_std).all()):
+            raise CodingError(f"the posterior of {name} holds NaN or infinite values: training diverged; lower the learning rate")
+
+
+def _divide(model: nn.Module, archive: Archive, seed: int, block_bits: float) -> list[TensorBlocks]:
+    """Partition every coded tensor into blocks."""
+    held, result = posteriors(model), []
+    for number, record in enumerate(archive.records):
+        if record.kind != "coded":
+            continue
+        p = held[str(record.name)]
+        free = torch.nonzero(~p.fixed.flatten()).squeeze(1).numpy()
+        with torch.no_grad():
+            kl_bits = float(p.kl()) / NATS_PER_BIT
+        blocks = num_blocks(kl_bits, len(free), block_bits)
+        place = layout(seed, number, len(free), blocks)
+        place = np.where(place >= 0, free[place] if len(free) else place, -1)
+        zeros = np.zeros(blocks)
+        coded = np.full(blocks, not len(free))
+        result.append(TensorBlocks(number, p, place, np.ones(blocks, np.int64), coded, zeros.copy(), zeros.copy(), zeros.copy()))
+    return result
+
+
+def _num_coded(state: State) -> int:
+    return sum(int(t.coded.sum()) for t in state.tensors)
+
+
+def _gather(t: TensorBlocks, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, std and prior std of blocks `rows`, `[rows, d]`; a missing weight is its own prior and so weighs nothing."""
+    place = torch.from_numpy(t.place[rows])
+    inside, at = place >= 0, place.clamp_min(0)
+    p = t.posterior
+    prior = p.prior_std.expand_as(p.mean).flatten()[at].double()  # type: ignore[union-attr]
+    mean, std = p.mean.detach().flatten()[at].double(), p.log_std.detach().flatten()[at].double().exp()
+    prior = torch.where(inside, prior, 1.0)
+    return torch.where(inside, mean, 0.0), torch.where(inside, std, 1.0), prior
+
+
+def _code_round(state: State, coder: coders.Coder, seed: int, codebook: Codebook, count: int) -> None:
+    """Code the `count` blocks of largest KL and fix them at what the decoder will give."""
+    waiting = []
+    for t in state.tensors:
+        rows = np.flatnonzero(~t.coded)
+        if len(rows):
+            kl_bits = Blocks.of(*_gather(t, rows)).kl_nats().numpy() / NATS_PER_BIT
+            waiting.extend((-bits, t.number, int(row)) for bits, row in zip(kl_bits, rows, strict=True))
+    chosen = sorted(waiting)[:count]
+    for t in state.tensors:
+        rows = np.array(sorted(row for _, number, row in chosen if number == t.number), np.int64)
+        if not len(rows):
+            continue
+        mean, std, prior = _gather(t, rows)
+        words = coder.encode(mean, std, prior, seed=seed, tensor=t.number, blocks=rows, codebook=codebook)
+        values = coder.decode(words, prior.numpy(), seed=seed, tensor=t.number, blocks=rows)
+        inside = t.place[rows] >= 0
+        t.posterior.fix(torch.from_numpy(t.place[rows][inside]), torch.from_numpy(values[inside]))
+        t.index[rows], t.coded[rows] = words.index, True
+        t.bits[rows] = coder.index_bits(words.index)
+        t.kl_bits[rows] = Blocks.of(mean, std, prior).kl_nats().numpy() / NATS_PER_BIT
+        t.log2_ratio[rows] = words.log_ratio_nats / NATS_PER_BIT
+
+
+def _spent_bits(state: State, coder: coders.Coder) -> float:
+    return float(sum(t.bits[t.coded].sum() for t in state.tensors))
+
+
+def _refine(model, feed, loss, optimizer, state: State, coder, steps: int, left_bits: float | None) -> float:
+    """Train the weights not coded yet; beta keeps their expected codewords at `left_bits`. Returns the mean loss."""
+    waiting = sum(int((~t.coded).sum()) for t in state.tensors)
+    total = 0.0
+    for _ in range(steps):
+        value, kl_nats = train_step(model, feed.next(), loss, optimizer, beta=state.steering.beta, num_examples=feed.num_examples)
+        total += value
+        if left_bits is not None:
+            expected = waiting * coder.predict_bits(kl_nats / NATS_PER_BIT / waiting)
+            state.steering.update(expected, max(left_bits, 0.2 * waiting))
+    return total / steps
+
+
+def _account(state: State, archive: Archive, size: int, seconds: float) -> dict[str, Any]:
+    bits, kl, ratio = (np.concatenate([getattr(t, k) for t in state.tensors]) for k in ("bits", "kl_bits", "log2_ratio"))
+    blocks = max(len(bits), 1)
+    index_bits = sum(r.bits for r in archive.records)
+    return {
+        "file_bytes": size,
+        "blocks": len(bits),
+        "index_bits": index_bits,
+        "side_bits": 8 * size - index_bits,
+        "kl_bits_per_block": float(kl.mean()) if len(bits) else 0.0,
+        "codeword_bits_per_block": index_bits / blocks,
+        "log2_ratio_per_block": float(ratio.mean()) if len(bits) else 0.0,
+        "j_bits_per_block": index_bits / blocks - float(ratio.mean()) if len(bits) else 0.0,
+        "beta": state.steering.beta,
+        "seconds": seconds,
+        "rounds": state.history,
+    }
+
+
+def _write_checkpoint(path: Path, model: nn.Module, optimizer, state: State, seed: int, coder: coders.Coder) -> None:
+    arrays = [{k: torch.from_numpy(getattr(t, k)) for k in ("index", "coded", "kl_bits", "bits", "log2_ratio")} for t in state.tensors]
+    content = {
+        "seed": seed, "coder": coder.name, "round": state.round, "beta": state.steering.beta, "history": state.history,
+        "tensors": arrays, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": torch.get_rng_state(),
+    }  # fmt: skip
+    temporary = path.with_name(f".{path.name}.part")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def _resume(path: Path, model: nn.Module, optimizer, state: State, seed: int, coder: coders.Coder) -> None:
+    try:
+        content = torch.load(path, weights_only=True)
+    except Exception as error:
+        raise CodingError(f"cannot read the checkpoint {path}: {error}; delete it to begin again") from None
+    same = content.get("seed") == seed and content.get("coder") == coder.name and len(content.get("tensors", [])) == len(state.tensors)
+    if not same or any(len(a["index"]) != len(t.index) for a, t in zip(content["tensors"], state.tensors, strict=True)):
+        raise CodingError(f"the checkpoint {path} belongs to another model, seed or coder: delete it, or give the same arguments again")
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["generator"])
+    for arrays, t in zip(content["tensors"], state.tensors, strict=True):
+        for key, value in arrays.items():
+            setattr(t, key, value.numpy())
+    state.round, state.steering.beta, state.history = content["round"], content["beta"], content["history"]

@@ -1,0 +1,174 @@
+"""Factorised Gaussians: KL, log density ratio, its law, and the stretch function of greedy Poisson rejection sampling.
+
+A block is a row: posterior Q = N(mean, std^2), prior P = N(0, prior_std^2), independent over the row's weights. In units
+of the prior, x = weight / prior_std, delta = mean / prior_std, v = (std / prior_std)^2, and l = log dQ/dP in nats:
+
+    l(x) = sum_i [ delta_i^2 / (2 v_i) ... ] = const + x . (delta / v) + x^2 . (1/2 - 1/(2 v))
+    under Q:  l = sum_i [ c_i - a_i e_i^2 / 2 + b_i e_i ],  a = 1 - v, b = delta sqrt(v), c = delta^2/2 - ln(v)/2, e ~ N(0, 1)
+
+Encoder's side only: nothing here has to be the same on two machines. Leans on torch and scipy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import special, stats
+from torch import Tensor
+
+_GRID = 600  # points of log density ratio on which the stretch function is tabulated
+_THETAS = 160  # saddlepoints on each side of the mean
+_MAX_WORK = 1 << 24  # elements of one temporary
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks in units of their prior: `delta` and `v`, float64, each `[blocks, d]`."""
+
+    delta: Tensor
+    v: Tensor
+
+    @classmethod
+    def of(cls, mean: Tensor, std: Tensor, prior_std: Tensor) -> Blocks:
+        """From means and standard deviations `[blocks, d]`; `prior_std` broadcasts."""
+        prior_std = prior_std.double().expand_as(mean)
+        return cls(mean.double() / prior_std, (std.double() / prior_std).square().clamp_min(1e-20))
+
+    def __getitem__(self, rows: Tensor | slice) -> Blocks:
+        return Blocks(self.delta[rows], self.v[rows])
+
+    def kl_nats(self) -> Tensor:
+        """KL(Q || P) of each block, nats, `[blocks]`."""
+        return 0.5 * (self.v + self.delta.square() - 1.0 - self.v.log()).sum(1)
+
+    def std_log_ratio(self) -> Tensor:
+        """Standard deviation of l under Q, nats, `[blocks]`."""
+        return (0.5 * (1.0 - self.v).square() + self.delta.square() * self.v).sum(1).sqrt()
+
+    def max_log_ratio(self) -> Tensor:
+        """Largest l, the Renyi divergence D_inf in nats, `[blocks]`; infinite where std >= prior std and mean != 0."""
+        a = 1.0 - self.v
+        peak = torch.where(a > 0, self.delta.square() / (2.0 * a.clamp_min(1e-300)), torch.where((self.delta == 0) & (a == 0), 0.0, torch.inf))
+        return (peak - 0.5 * self.v.log()).sum(1)
+
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """l(x) = const + x . linear + x^2 . quadratic: const `[blocks]`, the others `[blocks, d]`."""
+        const = (-0.5 * self.v.log() - self.delta.square() / (2.0 * self.v)).sum(1)
+        return const, self.delta / self.v, 0.5 - 0.5 / self.v
+
+    def log_ratio(self, x: Tensor) -> Tensor:
+        """l of one point per block, x `[blocks, d]` in units of the prior; nats, `[blocks]`."""
+        const, linear, quadratic = self.coefficients()
+        x = x.double()
+        return const + (x * linear + x.square() * quadratic).sum(1)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The stretch function sigma of GPRS on a grid of log density ratios, and the survival probability S.
+
+    S(h) = E_Q[(1 - h/r)^+] and sigma(h) = integral_0^h d eta / S(eta) (Flamich 2023, arXiv 2305.15313): accept the first
+    candidate whose arrival time T satisfies T <= sigma(r). All arrays `[blocks, grid]`: `level` = ln h, ascending.
+    """
+
+    level: np.ndarray
+    log_survival: np.ndarray
+    log_sigma: np.ndarray
+
+    def threshold(self, block: int, log_time: float) -> float:
+        """The smallest l that is accepted at arrival time exp(log_time)."""
+        sigma, level = self.log_sigma[block], self.level[block]
+        if log_time <= sigma[0]:
+            return float(level[0] + log_time - sigma[0])  # sigma(h) = h where S = 1
+        return float(np.interp(log_time, sigma, level))
+
+    def survival(self, log_time: np.ndarray) -> np.ndarray:
+        """P(no acceptance before time exp(log_time)) for each block: `[blocks, *log_time.shape]`."""
+        rows = [np.exp(np.interp(log_time, s, q, left=0.0)) for s, q in zip(self.log_sigma, self.log_survival, strict=True)]
+        return np.stack(rows)
+
+
+def stretch(blocks: Blocks) -> Stretch:
+    """Tabulate the stretch function of each block from the law of its log density ratio under Q."""
+    kl, sd = blocks.kl_nats(), blocks.std_log_ratio().clamp_min(1e-6)
+    low = torch.minimum(kl - 14.0 * sd, torch.full_like(kl, -8.0))
+    high = torch.minimum(blocks.max_log_ratio(), kl + 11.0 * sd)
+    level = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, _GRID, dtype=torch.float64)
+    log_tail = _log_tail(blocks, level)
+    step = (high - low)[:, None] / (_GRID - 1)
+    tail = log_tail.exp()
+    decay = (-step[:, 0]).exp()
+    whole = -torch.expm1(-step[:, 0])  # weights of W linear within a cell, against exp(-x)
+    slope = (whole - step[:, 0] * decay) / step[:, 0]
+    survival = torch.zeros_like(level)
+    after = torch.zeros_like(kl)
+    for j in range(_GRID - 2, -1, -1):
+        after = tail[:, j] * whole + (tail[:, j + 1] - tail[:, j]) * slope + decay * after
+        survival[:, j] = after
+    log_survival = survival.clamp(1e-300, 1.0).log()
+    log_survival[:, -1] = log_survival[:, -2] - math.log(2.0)
+    growth = level - log_survival  # ln of d sigma / d level
+    cells = torch.logaddexp(growth[:, 1:], growth[:, :-1]) + (0.5 * step).log()
+    log_sigma = torch.logcumsumexp(torch.cat([level[:, :1], cells], 1), 1)
+    return Stretch(level.numpy(), log_survival.numpy(), log_sigma.numpy())
+
+
+def _log_tail(blocks: Blocks, level: Tensor) -> Tensor:
+    """ln Q[l >= level], `[blocks, grid]`: noncentral chi-square where all v of a block agree, else Lugannani-Rice."""
+    v = blocks.v
+    shared = ((v.max(1).values - v.min(1).values) <= 1e-9 * v.max(1).values) & (v[:, 0] < 1.0)
+    result = torch.empty_like(level)
+    if shared.any():
+        result[shared] = _log_tail_shared(blocks[shared], level[shared])
+    if not shared.all():
+        rest = torch.nonzero(~shared).squeeze(1)
+        for rows in rest.split(max(1, _MAX_WORK // (2 * _THETAS * v.shape[1]))):
+            result[rows] = _log_tail_lugannani_rice(blocks[rows], level[rows])
+    return torch.cummin(result.clamp(max=0.0), 1).values
+
+
+def _log_tail_shared(blocks: Blocks, level: Tensor) -> Tensor:
+    """max l - l is a/2 times a noncentral chi-square with d degrees of freedom and noncentrality v |delta|^2 / a^2."""
+    v, d = blocks.v[:, :1].numpy(), blocks.v.shape[1]
+    a = 1.0 - v
+    shift = v * blocks.delta.square().sum(1, keepdim=True).numpy() / a**2
+    gap = 2.0 / a * np.maximum(blocks.max_log_ratio()[:, None].numpy() - level.numpy(), 0.0)
+    with np.errstate(divide="ignore"):
+        cdf = np.where(shift > 1e-9, stats.ncx2.cdf(gap, d, np.maximum(shift, 1e-9)), special.chdtr(d, gap))
+    return torch.from_numpy(np.log(np.clip(cdf, 1e-300, 1.0)))
+
+
+def _log_tail_lugannani_rice(blocks: Blocks, level: Tensor) -> Tensor:
+    """Saddlepoint approximation (Lugannani and Rice 1980) on a grid of saddlepoints, interpolated to `level`."""
+    v, delta = blocks.v, blocks.delta
+    a, b2, c = 1.0 - v, delta.square() * v, 0.5 * delta.square() - 0.5 * v.log()
+    sd = blocks.std_log_ratio().clamp_min(1e-6)
+    size = torch.logspace(math.log10(0.05), 4.5, _THETAS, dtype=torch.float64)[None, :] / sd[:, None]
+    largest, smallest = a.max(1, keepdim=True).values, a.min(1, keepdim=True).values
+    left = -_saturate(size, largest)  # 1 + theta a > 0 for every weight
+    right = _saturate(size, -smallest)
+    theta = torch.cat([left.flip(1), right], 1)[:, :, None]
+    u = 1.0 + theta * a[:, None, :]
+    b2, c, a = b2[:, None, :], c[:, None, :], a[:, None, :]
+    k0 = (theta * c - 0.5 * u.log() + theta.square() * b2 / (2.0 * u)).sum(2)
+    k1 = (c - a / (2.0 * u) + theta * b2 * (2.0 + theta * a) / (2.0 * u.square())).sum(2)
+    k2 = (a.square() / (2.0 * u.square()) + b2 / u**3).sum(2)
+    theta = theta[:, :, 0]
+    w = theta.sign() * (2.0 * (theta * k1 - k0)).clamp_min(1e-12).sqrt()
+    s = theta * k2.sqrt()
+    log_sf = torch.special.log_ndtr(-w)
+    mills = (-0.5 * w.square() - 0.5 * math.log(2.0 * math.pi) - log_sf).exp()
+    log_tail = log_sf + torch.log1p((mills * (1.0 / s - 1.0 / w)).clamp_min(-1.0 + 1e-12))
+    points, tails, out = k1.numpy(), log_tail.numpy(), np.empty(level.shape)
+    for i in range(len(points)):
+        x, index = np.unique(points[i], return_index=True)
+        out[i] = np.interp(level[i].numpy(), x, np.minimum.accumulate(tails[i][index]), left=0.0, right=-690.0)
+    return torch.from_numpy(out)
+
+
+def _saturate(size: Tensor, slope: Tensor) -> Tensor:
+    """`size`, bent so that it stays below 1 / slope where slope > 0."""
+    return torch.where(slope > 1e-12, size / (1.0 + size * slope.clamp_min(1e-12)), size)

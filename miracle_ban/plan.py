@@ -1,0 +1,154 @@
+"""How a converted model becomes records and blocks, and how many bytes that is going to be.
+
+In comes a converted model, out goes the skeleton of its `Archive` (everything but the indices) and the predicted size that
+training is steered by. Leans on `layers`, `convert`, `container`, `coders`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from .bits import NATS_PER_BIT
+from .blocks import LARGEST_DIMENSION
+from .coders import Coder
+from .container import RAW_DTYPES, Archive, Record, fingerprint, prior_code, prior_std
+from .convert import Conversion, conversion
+from .errors import MismatchError
+from .layers import Posterior, posteriors
+
+NAMES_FROM_BYTES = 10_000  # files this large carry names and shapes unless told otherwise
+DROP_BELOW_BITS = 0.02  # KL per weight under which a unit with a prior scale of its own is dropped
+
+
+@torch.no_grad()
+def freeze_priors(model: nn.Module) -> dict[str, np.ndarray]:
+    """Round every prior scale to its 8-bit code and hold it; returns the codes by tensor.
+
+    Where each unit has a scale of its own, units that carry next to nothing get code 0: they are dropped, their weights
+    fixed at zero.
+    """
+    codes = {}
+    for name, p in posteriors(model).items():
+        if p.mean.numel() == 0:
+            codes[name] = np.zeros(1, np.uint8)
+            continue
+        moment = p.group_second_moment()
+        code = prior_code(moment.sqrt().flatten().numpy())
+        if p.per_unit and p.mean.dim() > 0:
+            bits = p.kl_per_weight().flatten(1).mean(1) if p.mean.dim() > 1 else p.kl_per_weight()
+            code[(bits / NATS_PER_BIT).numpy() < DROP_BELOW_BITS] = 0
+        std = torch.from_numpy(prior_std(np.maximum(code, 1))).reshape(moment.shape)
+        p.freeze_prior(std)
+        dropped = torch.from_numpy(code == 0).reshape(moment.shape).expand_as(p.mean)
+        if dropped.any():
+            at = torch.nonzero(dropped.flatten()).squeeze(1)
+            p.fix(at, torch.zeros(len(at)))
+        codes[name] = code
+    return codes
+
+
+def num_blocks(kl_bits: float, count: int, block_bits: float) -> int:
+    """Blocks for a tensor: each about `block_bits` of KL, and no more than 4096 weights."""
+    if count == 0:
+        return 1
+    return max(min(round(kl_bits / block_bits), count), -(-count // LARGEST_DIMENSION), 1)
+
+
+def kl_bits_by_tensor(model: nn.Module) -> dict[str, float]:
+    """KL of each tensor's posterior, bits."""
+    with torch.no_grad():
+        return {name: float(p.kl()) / NATS_PER_BIT for name, p in posteriors(model).items()}
+
+
+def predicted_index_bits(kl_bits: dict[str, float], counts: dict[str, int], coder: Coder, block_bits: float) -> float:
+    """Expected bits of all codewords, by the coder's own prediction for a block."""
+    total = 0.0
+    for name, bits in kl_bits.items():
+        blocks = num_blocks(bits, counts[name], block_bits)
+        total += blocks * coder.predict_bits(bits / blocks)
+    return total
+
+
+def skeleton(model: nn.Module, *, coder: Coder, seed: int, names: bool, codes: dict[str, np.ndarray] | None = None) -> Archive:
+    """The archive of a converted model with one empty block a tensor: header, records and raw tensors are final."""
+    account = conversion(model)
+    held = posteriors(model)
+    state = model.state_dict()
+    order = [e.name for e in account.entries]
+    records = []
+    for entry in account.entries:
+        record = Record(entry.kind, name=entry.name, shape=entry.shape, dtype=str(entry.dtype).removeprefix("torch."))
+        if entry.kind == "coded":
+            p = held[entry.name]
+            record.prior_codes = codes[entry.name] if codes is not None else np.ones(p.mean.shape[0] if p.per_unit else 1, np.uint8)
+            record.index = np.ones(1, np.int64)
+        elif entry.kind == "constant":
+            record.constant = entry.constant
+        elif entry.kind == "raw":
+            record.raw_dtype, record.data = _raw(state[entry.name])
+        else:
+            record.alias = order.index(str(entry.alias_of))
+        if any(c in entry.name for c in "\n\r"):
+            raise MismatchError(f"a tensor's name holds a line break: {entry.name!r}")
+        records.append(record)
+    for record, kept in zip(records, _kept(account, held), strict=True):
+        record.kept = kept
+    mark = fingerprint([(e.name, e.shape) for e in account.entries])
+    return Archive(records, coder.name, seed, mark, names, coder.fixed_length_bits)
+
+
+def side_bits(archive: Archive, table_bits: int = 45) -> int:
+    """Bits of a skeleton that are not indices: header, records, raw tensors, and about `table_bits` for the octave table."""
+    return 8 * len(archive.to_bytes()) + table_bits
+
+
+def carries_names(names: bool | None, model: nn.Module, budget_bits: float | None) -> bool:
+    """Whether the file is to carry names and shapes: as told, else if it is going to be larger than 10 kB."""
+    if names is not None:
+        return names
+    expected = budget_bits if budget_bits is not None else sum(kl_bits_by_tensor(model).values())
+    return expected / 8 + conversion(model).raw_bytes > NAMES_FROM_BYTES
+
+
+def _kept(account: Conversion, held: dict[str, Posterior]) -> list[tuple[int | None, int | None]]:
+    """Units kept on each axis, None wherever the reader's own prediction is right (`container.resolve_kept`)."""
+    result: list[tuple[int | None, int | None]] = []
+    weight_full = weight_live = 0
+    for entry in account.entries:
+        kept: list[int | None] = [None, None]
+        if entry.kind == "coded" and len(entry.shape) >= 1:
+            live = held[entry.name].kept
+            predicted = weight_live if len(entry.shape) == 1 and entry.shape[0] == weight_full else entry.shape[0]
+            if live[0] != predicted:
+                kept[0] = live[0]
+            if len(entry.shape) >= 2:
+                follows = weight_full and entry.shape[1] % weight_full == 0
+                predicted = weight_live * (entry.shape[1] // weight_full) if follows else entry.shape[1]
+                if live[1] != predicted:
+                    kept = [live[0], live[1]]
+                weight_full, weight_live = entry.shape[0], live[0]
+        result.append((kept[0], kept[1]))
+    return result
+
+
+def _raw(tensor: torch.Tensor) -> tuple[str, bytes]:
+    """Storage dtype and little-endian bytes of a tensor that stays raw; floating-point statistics in 16 bits."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype in (torch.float32, torch.float64) and math.prod(tensor.shape) > 1 and _survives_half(tensor):
+        tensor = tensor.half()
+    name = str(tensor.dtype).removeprefix("torch.")
+    if tensor.dtype == torch.bfloat16:
+        return name, tensor.view(torch.uint16).numpy().astype("<u2").tobytes()
+    if name not in RAW_DTYPES:
+        raise MismatchError(f"a raw tensor of dtype {name} cannot be stored; there are {', '.join(RAW_DTYPES)}")
+    array = tensor.numpy()
+    return name, array.astype(array.dtype.newbyteorder("<")).tobytes()
+
+
+def _survives_half(tensor: torch.Tensor) -> bool:
+    size = tensor.abs()
+    return bool((size.max() < 6e4) & ((size == 0) | (size > 1e-4)).all())

@@ -1,0 +1,363 @@
+"""Training of the posteriors by the beta-ELBO, towards a budget.
+
+`fit` first narrows the network to the hidden units that the budget can pay for, then trains all posteriors while beta is
+steered so that the predicted size of the file comes down to the budget. Leans on `convert`, `plan`, `objective`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import coders
+from .bits import NATS_PER_BIT, parse_bytes
+from .convert import conversion, drop_units
+from .errors import BudgetError, MiracleError
+from .layers import kl, posteriors, use_mode
+from .objective import Steering, beta_elbo
+from .plan import carries_names, kl_bits_by_tensor, predicted_index_bits, side_bits, skeleton
+from .structure import Link
+
+Loss = Callable[[Any, Any], Tensor]
+LOG_STD_RATE = 5.0  # learning rate of log_std over that of the means
+BLOCK_BITS = 14.0  # KL of one block
+
+
+@dataclass
+class FitReport:
+    """What happened in `fit`; `history` has one row per logged step.
+
+    Columns of a row: step, loss (nats per example), beta, kl_bits, predicted_bytes, learning_rate.
+    """
+
+    budget_bytes: int | None
+    num_examples: int
+    steps: int = 0
+    seconds: float = 0.0
+    beta: float = 0.0
+    kl_bits: float = 0.0
+    predicted_bytes: float = 0.0
+    kl_bits_by_tensor: dict[str, float] = field(default_factory=dict)
+    live_weights: int = 0
+    widths: dict[str, int] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw loss, beta and predicted bytes against the step; needs matplotlib."""
+        from .plots import plot_fit
+
+        plot_fit(self, path)
+
+
+@dataclass
+class Session:
+    """What `fit` leaves for `encode`: the beta that training ended with and what it was aimed at."""
+
+    beta: float
+    num_examples: int
+    budget_bytes: int | None
+    block_bits: float
+
+
+class Feed:
+    """Endless batches from a loader that can be iterated again and again: (inputs, targets), moved to the model's device.
+
+    Args:
+        batches: an iterable of pairs, with a length.
+        num_examples: number of training examples; default `batches.num_examples`, `len(batches.dataset)`, or counted.
+    """
+
+    def __init__(self, batches: Iterable, device: torch.device, num_examples: int | None = None):
+        if isinstance(batches, Iterator):
+            raise MiracleError("batches must be iterable more than once: pass a DataLoader or a list, not an iterator")
+        self.batches, self.device = batches, device
+        self.num_examples = num_examples or self._count()
+        self._source: Iterator | None = None
+
+    def _count(self) -> int:
+        given = getattr(self.batches, "num_examples", None)
+        if given is None and hasattr(self.batches, "dataset"):
+            given = len(self.batches.dataset)
+        if given is None:
+            given = sum(_batch_size(b) for b in self.batches)
+        if not given:
+            raise MiracleError("batches holds no training examples")
+        return int(given)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Number of batches in one pass."""
+        return len(self.batches) if hasattr(self.batches, "__len__") else sum(1 for _ in self.batches)
+
+    def restart(self) -> None:
+        """Begin a new pass with the next batch."""
+        self._source = None
+
+    def next(self) -> tuple[Any, Any]:
+        """The next batch."""
+        for _ in range(2):
+            if self._source is None:
+                self._source = iter(self.batches)
+            for batch in self._source:
+                if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                    raise MiracleError("each batch must be a pair (inputs, targets)")
+                return _to(batch[0], self.device), _to(batch[1], self.device)
+            self._source = None
+        raise MiracleError("batches is empty: it gave no batch at all")
+
+
+def _batch_size(batch: Any) -> int:
+    first = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return len(first)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to(v, device) for v in value)
+    return value
+
+
+def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW without decay (the prior is the decay); log_std learns five times faster than the means."""
+    held = posteriors(model).values()
+    return torch.optim.AdamW(
+        [
+            {"params": [p.mean for p in held], "lr": learning_rate},
+            {"params": [p.log_std for p in held], "lr": learning_rate * LOG_STD_RATE},
+        ],
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+    )
+
+
+def train_step(
+    model: nn.Module, batch: tuple[Any, Any], loss: Loss, optimizer: torch.optim.Optimizer, *, beta: float, num_examples: int
+) -> tuple[float, float]:
+    """One gradient step on the beta-ELBO; returns (loss, KL), nats per example and nats.
+
+    Raises:
+        MiracleError: the loss is NaN or infinite.
+    """
+    value = loss(model(batch[0]), batch[1])
+    kl_nats = kl(model)
+    optimizer.zero_grad(set_to_none=True)
+    beta_elbo(value, kl_nats, beta=beta, num_examples=num_examples).backward()
+    optimizer.step()
+    measured = float(value.detach())
+    if not math.isfinite(measured):
+        raise MiracleError(f"the loss became {measured}: lower the learning rate, or check the data for NaN")
+    return measured, float(kl_nats.detach())
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterable,
+    loss: Loss,
+    *,
+    budget: str | int | None = None,
+    epochs: float = 30.0,
+    learning_rate: float = 4e-3,
+    beta: float = 1.0,
+    coder: str | coders.Coder = "gprs",
+    block_bits: float = BLOCK_BITS,
+    narrow: bool = True,
+    narrow_epochs: float = 2.0,
+    weights_per_bit: float = 1.5,
+    names: bool | None = None,
+    num_examples: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    callback: Callable[[dict[str, float]], None] | None = None,
+) -> FitReport:
+    """Train the posteriors of a converted model on loss + beta KL / N.
+
+    Args:
+        model: from `convert`; trained in place.
+        batches: iterable of (inputs, targets), iterated again for every epoch.
+        loss: `loss(outputs, targets)` -> mean negative log-likelihood of the batch, nats, shape ().
+        budget: size of the whole file to aim at, bytes or text such as "1.5 kB"; None trains at a constant `beta`.
+        epochs: passes over `batches`, narrowing not counted.
+        learning_rate: peak of the one-cycle schedule for the means.
+        beta: weight of the KL if there is no budget.
+        coder: the coder that `encode` will be called with: it decides how many bits a nat costs.
+        block_bits: KL that one block will carry.
+        narrow: first drop hidden units until the live weights are about `weights_per_bit` for each bit of the budget.
+        narrow_epochs: passes spent on that.
+        names: whether the file will carry names and shapes; default if larger than 10 kB.
+        num_examples: N; default the length of the data set.
+        seed: for torch's generator; draws and shuffling follow from it.
+        progress: show a progress bar on stderr.
+        callback: called with each row of the history.
+    Returns:
+        A `FitReport`.
+    Raises:
+        BudgetError: the budget is smaller than what is stored besides the indices.
+        MiracleError: the loss diverged, or batches are not (inputs, targets).
+    """
+    started = time.monotonic()
+    torch.manual_seed(seed)
+    account = conversion(model)
+    coder = coders.get(coder) if isinstance(coder, str) else coder
+    device = next(model.parameters()).device
+    feed = Feed(batches, device, num_examples)
+    budget_bytes = None if budget is None else parse_bytes(budget)
+    per_epoch = feed.batches_per_epoch
+    model.train()
+    if budget_bytes is not None and narrow and account.links:
+        target = weights_per_bit * 8 * budget_bytes
+        _narrow(model, feed, loss, target, max(1, round(narrow_epochs * per_epoch)), learning_rate / 4, progress)
+    held = posteriors(model)
+    counts = {name: p.mean.numel() for name, p in held.items()}
+    with_names = carries_names(names, model, None if budget_bytes is None else 8.0 * budget_bytes)
+    side = side_bits(skeleton(model, coder=coder, seed=0, names=with_names))
+    goal = None if budget_bytes is None else index_budget_bits(budget_bytes, side)
+
+    def index_bits() -> float:
+        return predicted_index_bits(kl_bits_by_tensor(model), counts, coder, block_bits)
+
+    steps = max(1, round(epochs * per_epoch))
+    optimizer = make_optimizer(model, learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=steps + 1, pct_start=min(0.1, 200 / steps + 0.02)
+    )
+    first = index_bits()
+    steering = Steering(0.02 if goal is not None else beta)
+    report = FitReport(budget_bytes, feed.num_examples, steps=steps)
+    bar = tqdm(total=steps, disable=not progress, file=sys.stderr, desc="fit", unit="step")
+    bits_per_nat, running = 1.0, None
+    for step in range(steps):
+        value, kl_nats = train_step(model, feed.next(), loss, optimizer, beta=steering.beta, num_examples=feed.num_examples)
+        schedule.step()
+        running = value if running is None else 0.98 * running + 0.02 * value
+        if step % 20 == 0:
+            bits_per_nat = index_bits() / max(kl_nats, 1e-9)
+        predicted = bits_per_nat * kl_nats
+        if goal is not None:
+            steering.update(predicted, _target(step / steps, min(first, 8 * goal), goal))
+        if step % 20 == 0 or step == steps - 1:
+            size = (side + predicted) / 8
+            row = {
+                "step": step, "loss": running, "beta": steering.beta, "kl_bits": kl_nats / NATS_PER_BIT, "predicted_bytes": size,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+            }  # fmt: skip
+            report.history.append(row)
+            bar.set_postfix_str(f"loss {running:.4f}, beta {steering.beta:.3g}, {size:,.0f} bytes")
+            if callback is not None:
+                callback(row)
+        bar.update()
+    bar.close()
+    report.kl_bits_by_tensor = kl_bits_by_tensor(model)
+    report.kl_bits = sum(report.kl_bits_by_tensor.values())
+    report.predicted_bytes = (side + index_bits()) / 8
+    report.beta, report.seconds = steering.beta, time.monotonic() - started
+    report.live_weights = sum(counts.values())
+    report.widths = {k.producer: held[f"{k.producer}.weight"].kept[0] for k in account.links}
+    model.session = Session(steering.beta, feed.num_examples, budget_bytes, block_bits)  # type: ignore[assignment]
+    return report
+
+
+def index_budget_bits(budget_bytes: int, side: float) -> float:
+    """Bits of the budget that are left for indices.
+
+    Raises:
+        BudgetError: less than a tenth of it.
+    """
+    left = 8.0 * budget_bytes - side
+    if left < 0.1 * 8 * budget_bytes:
+        need = math.ceil(side / 8)
+        raise BudgetError(
+            f"a budget of {budget_bytes} bytes cannot be met: header, prior scales and raw tensors alone take {need} bytes; "
+            f"raise it above {math.ceil(need / 0.9)} bytes, or code more of the model (see print(model.conversion))"
+        )
+    return left
+
+
+def _target(part: float, first: float, goal: float) -> float:
+    """Predicted index bits to aim at: down geometrically to `goal` over the first 60 % of the run, then level."""
+    way = min(1.0, part / 0.6)
+    start = max(first, goal)
+    return start ** (1 - way) * goal**way
+
+
+def _narrow(model: nn.Module, feed: Feed, loss: Loss, target: float, steps: int, learning_rate: float, progress: bool) -> None:
+    """Drop hidden units, those that the loss misses least for the weights they cost, until `target` weights are left.
+
+    A unit's relevance is the mean square of d loss / d scale, the scale being a common factor on the unit's incoming
+    weights: sum_i w_i dL/dw_i (Molchanov et al. 2019, arXiv 1906.10771, equation 8). Means only, no noise, no KL.
+    """
+    held, links = posteriors(model), conversion(model).links
+    live = sum(p.mean.numel() for p in held.values())
+    if live <= target:
+        return
+    rounds = min(25, steps)
+    bar = tqdm(total=steps, disable=not progress, file=sys.stderr, desc="narrow", unit="step")
+    first = live
+    with use_mode(model, "mean"):
+        for r in range(rounds):
+            optimizer = torch.optim.Adam([p.mean for p in held.values()], learning_rate, betas=(0.9, 0.99))
+            relevance: dict[Link, Tensor] = {}
+            for _ in range(steps // rounds):
+                x, y = feed.next()
+                optimizer.zero_grad(set_to_none=True)
+                value = loss(model(x), y)
+                value.backward()
+                for link in links:
+                    relevance[link] = relevance.get(link, 0.0) + _unit_gradient(model, link).square()  # type: ignore[operator]
+                optimizer.step()
+                bar.update()
+            goal = first * (target / first) ** ((r + 1) / rounds)
+            live = _drop_until(model, relevance, goal)
+            bar.set_postfix_str(f"{live:,} weights left of {first:,}, loss {float(value.detach()):.4f}")
+    bar.close()
+
+
+@torch.no_grad()
+def _unit_gradient(model: nn.Module, link: Link) -> Tensor:
+    """d loss / d scale of every unit of a link, shape [units]."""
+    held = posteriors(model)
+    weight, bias = held[f"{link.producer}.weight"], held.get(f"{link.producer}.bias")
+    total = (weight.mean * weight.mean.grad).flatten(1).sum(1)  # type: ignore[operator]
+    return total if bias is None else total + bias.mean * bias.mean.grad  # type: ignore[operator]
+
+
+def _drop_until(model: nn.Module, relevance: dict[Link, Tensor], goal: float) -> int:
+    """Drop the least relevant unit per weight, over all links, until at most `goal` weights are live."""
+    held = posteriors(model)
+    keep = {link: torch.arange(len(r)) for link, r in relevance.items()}
+
+    def cost(link: Link) -> int:
+        weight, consumer = held[f"{link.producer}.weight"], held[f"{link.consumer}.weight"]
+        into = sum(int(len(keep[k])) * k.multiplicity for k in keep if k.consumer == link.producer)
+        inputs = into or weight.mean.shape[1]
+        outputs = next((len(keep[k]) for k in keep if k.producer == link.consumer), consumer.mean.shape[0])
+        kernel_in, kernel_out = weight.mean[0, 0].numel(), consumer.mean[0, 0].numel()
+        return inputs * kernel_in + 1 + outputs * link.multiplicity * kernel_out
+
+    live = sum(p.mean.numel() for p in held.values())
+    while live > goal:
+        choices = [(float(relevance[k][keep[k]].min()) / cost(k), i, k) for i, k in enumerate(keep) if len(keep[k]) > 1]
+        if not choices:
+            break
+        link = min(choices)[2]
+        live -= cost(link)
+        worst = relevance[link][keep[link]].argmin()
+        keep[link] = keep[link][torch.arange(len(keep[link])) != worst]
+    for link, units in keep.items():
+        if len(units) < len(relevance[link]):
+            drop_units(model, link, units)
+    return sum(p.mean.numel() for p in held.values())

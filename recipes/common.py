@@ -1,0 +1,111 @@
+"""What the recipes share: reading data sets, batches with light augmentation, errors, result lines."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RESULTS = Path(__file__).parent / "results"
+NUM_VALIDATION = 5_000  # the last training images, never trained on
+
+
+def data_root(given: str | None) -> Path:
+    """Folder with the data sets: `--data`, else `MIRACLE_BAN_DATA`, else `./data` (filled by torchvision's download)."""
+    return Path(given or os.environ.get("MIRACLE_BAN_DATA", "data"))
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "rb") as f:
+        raw = f.read()
+    ndim = raw[3]
+    shape = [int.from_bytes(raw[4 + 4 * a : 8 + 4 * a], "big") for a in range(ndim)]
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+
+
+def mnist(root: Path, *, name: str = "mnist") -> dict[str, tuple[Tensor, Tensor]]:
+    """MNIST-like data as {"train": (images, labels), "validation": ..., "test": ...}; images `[n, 1, 28, 28]` in [0, 1].
+
+    The IDX files are looked for in `root/name`; if they are not there torchvision downloads them to `root`.
+    """
+    found = {}
+    for part, stem in (("train", "train"), ("test", "t10k")):
+        arrays = []
+        for what in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+            files = sorted((root / name).glob(f"{stem}-{what}*"))
+            if not files:
+                import torchvision
+
+                kind = {"mnist": torchvision.datasets.MNIST, "fashion-mnist": torchvision.datasets.FashionMNIST}[name]
+                files = sorted(Path(kind(str(root), train=part == "train", download=True).raw_folder).glob(f"{stem}-{what}"))
+            arrays.append(torch.from_numpy(_read_idx(files[0]).copy()))
+        found[part] = (arrays[0].float().div_(255).unsqueeze(1), arrays[1].long())
+    images, labels = found["train"]
+    return {
+        "train": (images[:-NUM_VALIDATION], labels[:-NUM_VALIDATION]),
+        "validation": (images[-NUM_VALIDATION:], labels[-NUM_VALIDATION:]),
+        "test": found["test"],
+    }
+
+
+class Batches:
+    """Shuffled batches of images in memory, each image under a small random affine map.
+
+    Args:
+        images, labels: `[n, c, h, w]` and `[n]`.
+        mean, std: normalisation.
+        distortion: 0 for none; 1 is about 9 degrees, 9 % scale and shear, 1.5 pixels (one standard deviation of a uniform).
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, *, size: int, mean: float, std: float, distortion: float = 0.0):
+        self.images, self.labels, self.size = (images - mean) / std, labels, size
+        self.distortion = distortion
+        self.blank = (0.0 - mean) / std
+        self.num_examples = len(labels)
+
+    def __len__(self) -> int:
+        return self.num_examples // self.size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(self.num_examples)
+        for rows in order[: len(self) * self.size].split(self.size):
+            x = self.images[rows]
+            yield (self._distort(x) if self.distortion else x), self.labels[rows]
+
+    def _distort(self, x: Tensor) -> Tensor:
+        n = len(x)
+        u = (torch.rand(n, 6) * 2 - 1) * self.distortion
+        angle = u[:, 0] * math.radians(12)
+        scale_x, scale_y = 1 + 0.12 * u[:, 1], 1 + 0.12 * u[:, 2]
+        shear = 0.15 * u[:, 3]
+        shift = u[:, 4:] * 2.0 * 2.0 / x.shape[-1]
+        cos, sin = angle.cos(), angle.sin()
+        row0 = torch.stack([scale_x * cos, -sin + shear, shift[:, 0]], 1)
+        row1 = torch.stack([sin, scale_y * cos, shift[:, 1]], 1)
+        grid = F.affine_grid(torch.stack([row0, row1], 1), list(x.shape), align_corners=False)
+        return F.grid_sample(x - self.blank, grid, align_corners=False) + self.blank
+
+
+@torch.no_grad()
+def error_percent(model: nn.Module, images: Tensor, labels: Tensor, *, mean: float, std: float) -> float:
+    """Share of wrong top-1 answers, percent."""
+    model.eval()
+    wrong = sum(int((model((x - mean) / std).argmax(1) != y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True))
+    return 100.0 * wrong / len(labels)
+
+
+def append_result(recipe: str, line: dict) -> None:
+    """Add one JSON line to `recipes/results/<recipe>.jsonl`."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{recipe}.jsonl").open("a") as f:
+        f.write(json.dumps(line) + "\n")
