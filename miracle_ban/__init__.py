@@ -10,6 +10,7 @@ from .decode import decode, load, open, save
 from .encode import compress, encode
 from .errors import MiracleError
 from .layers import kl
+from . import bits, layers
 from .train import FitReport, fit
 
 __version__ = "0.1.0"

@@ -306,7 +306,9 @@ def parse(data: bytes) -> Archive:
         if table is None:
             bits = archive.index_bits or 0
             if number * max(bits, 1) > source.left:
-                raise CorruptError(f"the file ends inside the index stream: {number} indices of {bits} bits wanted, {source.left} bits left")
+                raise CorruptError(
+                    f"the file ends inside the index stream: {number} indices of {bits} bits wanted, {source.left} bits left"
+                )
             r.index = source.read_many(np.full(number, bits), "the index stream") + 1
         else:
             octave = table.decode(source, number)

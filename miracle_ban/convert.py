@@ -88,10 +88,13 @@ def convert(
         fold: fold each BatchNorm into the layer before it where that is exact. Names and shapes stay: the norm is left
             with weight 1, mean 0 and variance 1, and its bias carries what remains.
         per_unit: one prior scale per output unit instead of one per tensor.
+
     Returns:
         The Bayesian copy. `print(copy.conversion)` says what is coded and what stays raw.
+
     Raises:
         UnsupportedModelError: no parameter can be coded, or weights are NaN or infinite.
+
     Example:
         >>> bnn = convert(nn.Linear(3, 2))
         >>> sorted(bnn.state_dict())[:2]
@@ -145,15 +148,18 @@ def conversion(model: nn.Module) -> Conversion:
     return found
 
 
-def drop_units(model: nn.Module, link: Link, keep: Tensor) -> None:
-    """Keep only the hidden units `keep` (indices, in their new order) of a link, in both layers that they join."""
+def drop_units(model: nn.Module, link: Link, keep: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Keep only the hidden units `keep` (indices, in their new order) of a link, in both layers that they join.
+
+    An `optimizer` of the posteriors' parameters goes on with what is kept.
+    """
     held = posteriors(model)
     for tensor in ("weight", "bias"):
         producer = held.get(f"{link.producer}.{tensor}")
         if producer is not None:
-            producer.select(0, keep)
+            producer.select(0, keep, optimizer)
     inputs = (keep[:, None] * link.multiplicity + torch.arange(link.multiplicity, device=keep.device)).flatten()
-    held[f"{link.consumer}.weight"].select(1, inputs)
+    held[f"{link.consumer}.weight"].select(1, inputs, optimizer)
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -101,7 +101,9 @@ def bind(archive: Archive, model: nn.Module) -> Archive:
 
 
 def _difference(archive: Archive, entries: list[tuple[str, tuple[int, ...]]], model: str) -> str:
-    text = f"the file was made for another architecture than this {model}: it holds {len(archive.records)} tensors, the model {len(entries)}"
+    text = (
+        f"the file was made for another architecture than this {model}: it holds {len(archive.records)} tensors, the model {len(entries)}"
+    )
     if all(r.name is not None for r in archive.records):
         ours = {r.name: r.shape for r in archive.records}
         theirs = dict(entries)
@@ -117,10 +119,13 @@ def decode(archive: Archive, model: nn.Module | None = None) -> dict[str, Tensor
     Args:
         archive: from `encode` or `open`.
         model: the architecture, for a file that carries no names; its weights are not touched.
+
     Returns:
         The state dict of the ordinary network: names, shapes and dtypes as in the original.
+
     Raises:
         MismatchError: the file carries no names and no model is given, or the model is another one.
+
     Example:
         >>> weights = decode(open("net.mban"))  # doctest: +SKIP
     """
@@ -154,6 +159,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
         path: the file.
         model: an instance of the architecture that was compressed; its weights are overwritten.
         device: move the model there; default leaves it where it is.
+
     Raises:
         FileFormatError: the file is damaged.
         MismatchError: the file was made for another architecture.

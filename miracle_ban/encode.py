@@ -7,9 +7,11 @@ round, so an interrupted packaging resumes. Leans on `train`, `plan`, `blocks`, 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +28,16 @@ from .blocks import layout
 from .coders.base import Codebook
 from .container import Archive
 from .convert import convert
-from .errors import BudgetError, CodingError
+from .errors import BudgetError, CodingError, MiracleWarning
 from .gaussian import Blocks
 from .layers import Posterior, posteriors
 from .objective import Steering
-from .plan import carries_names, freeze_priors, num_blocks, side_bits, skeleton
-from .train import BLOCK_BITS, Feed, FitReport, Loss, Session, fit, index_budget_bits, make_optimizer, train_step
+from .plan import carries_names, freeze_priors, kl_bits_by_tensor, num_blocks, predicted_index_bits, side_bits, skeleton
+from .train import BLOCK_BITS, Feed, FitReport, Loss, Session, fit, index_budget_bits, make_optimizer, seeded, train_step
+
+_OVERHEAD_SLOPE = -0.25  # bits of overhead for each bit of KL that a block has more than the others: measured with GPRS
+_GAIN = 0.006  # of steering beta, at most, a step
+_STEERABLE = 1.3  # refinement can bring predicted bits down by about this much
 
 
 @dataclass
@@ -44,7 +50,6 @@ class TensorBlocks:
     index: np.ndarray
     coded: np.ndarray
     kl_bits: np.ndarray  # at the time of coding
-    bits: np.ndarray
     log2_ratio: np.ndarray
 
 
@@ -54,6 +59,7 @@ class State:
 
     tensors: list[TensorBlocks]
     steering: Steering
+    block_bits: float
     round: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -91,8 +97,10 @@ def encode(
         num_examples: N; default the length of the data set.
         checkpoint: file that keeps the state after every round; if it exists, packaging resumes from it.
         progress: show a progress bar on stderr.
+
     Returns:
         The archive; `archive.info` has bits, KL and log density ratio of all blocks, and the seconds taken.
+
     Raises:
         BudgetError: the budget cannot be met.
         CodingError: the posteriors are not finite, or the checkpoint belongs to another run.
@@ -105,45 +113,47 @@ def encode(
     budget_bits = None if budget_bytes is None else 8.0 * budget_bytes
     if not 0 <= seed < 1 << 64:
         raise CodingError(f"seed must be from 0 to 2^64 - 1, not {seed}")
+    coder = coder.for_blocks(block_bits)
     _check_finite(model)
     codes = freeze_priors(model)
     archive = skeleton(model, coder=coder, seed=seed, names=carries_names(names, model, budget_bits), codes=codes)
     side = side_bits(archive)
-    state = State(_divide(model, archive, seed, block_bits), Steering(session.beta if session else 1.0, gain=0.01))
+    state = State(_divide(model, archive, seed, block_bits), Steering(session.beta if session else 1.0, gain=_GAIN), block_bits)
     refining = batches is not None and loss is not None and refine_steps > 0
     feed = Feed(batches, next(model.parameters()).device, num_examples) if refining else None
-    goal = index_budget_bits(budget_bytes, side) if budget_bytes is not None else None
-    optimizer = make_optimizer(model, learning_rate)
-    if checkpoint is not None and Path(checkpoint).exists():
-        _resume(Path(checkpoint), model, optimizer, state, seed, coder)
+    goal = None
+    if budget_bytes is not None:
+        # the last round cannot be corrected: keep back what its codewords may vary by
+        last_round = sum(len(t.index) for t in state.tensors) / (rounds if refining else 1)
+        goal = index_budget_bits(budget_bytes, side) - 5.0 * math.sqrt(last_round)
+        _check_affordable(model, state, coder, goal, side)
     total = sum(len(t.index) for t in state.tensors)
+    optimizer = make_optimizer(model, learning_rate)
     rounds = max(1, min(rounds, total)) if refining else 1
-    codebook = Codebook(seed)
-    bar = tqdm(total=total, initial=_num_coded(state), disable=not progress, file=sys.stderr, desc="encode", unit="block")
+    device = next(model.parameters()).device
     model.train()
-    while _num_coded(state) < total:
-        share = -(-(total - _num_coded(state)) // max(rounds - state.round, 1))
-        _code_round(state, coder, seed, codebook, share if refining else total)
-        state.round += 1
-        spent = _spent_bits(state, coder)
-        if feed is not None and loss is not None and _num_coded(state) < total:
-            feed.restart()
-            value = _refine(model, feed, loss, optimizer, state, coder, refine_steps, None if goal is None else goal - spent)
-            state.history.append({"coded": _num_coded(state), "loss": value, "beta": state.steering.beta, "spent_bits": spent})
-            bar.set_postfix_str(f"loss {value:.4f}, beta {state.steering.beta:.3g}, {(side + spent) / 8:,.0f} bytes so far")
-        if checkpoint is not None:
-            _write_checkpoint(Path(checkpoint), model, optimizer, state, seed, coder)
-        bar.update(_num_coded(state) - bar.n)
-    bar.close()
+    with seeded(seed, device), tqdm(total=total, disable=not progress, file=sys.stderr, desc="encode", unit="block") as bar:
+        if checkpoint is not None and Path(checkpoint).exists():
+            _resume(Path(checkpoint), model, optimizer, state, seed, coder)
+        codebook = Codebook(seed)
+        while _num_coded(state) < total:
+            _code_round(state, coder, seed, codebook, -(-(total - _num_coded(state)) // max(rounds - state.round, 1)))
+            state.round += 1
+            spent = _spent_bits(state, coder)
+            if feed is not None and loss is not None and _num_coded(state) < total:
+                feed.restart()
+                value = _refine(model, feed, loss, optimizer, state, coder, refine_steps, None if goal is None else goal - spent)
+                state.history.append({"coded": _num_coded(state), "loss": value, "beta": state.steering.beta, "spent_bits": spent})
+                bar.set_postfix_str(f"loss {value:.4f}, beta {state.steering.beta:.3g}, {(side + spent) / 8:,.0f} bytes so far")
+            if checkpoint is not None:
+                _write_checkpoint(Path(checkpoint), model, optimizer, state, seed, coder)
+            bar.update(_num_coded(state) - bar.n)
     for t in state.tensors:
         archive.records[t.number].index = t.index
     size = archive.size_bytes
     archive.info = _account(state, archive, size, time.monotonic() - started)
-    if budget_bytes is not None and size > 1.02 * budget_bytes:
-        raise BudgetError(
-            f"the file would take {size} bytes, over the budget of {budget_bytes}: train towards the budget first (fit(..., budget=...)), "
-            "or give encode() batches and a loss to refine with"
-        )
+    if budget_bytes is not None and size > budget_bytes:
+        warnings.warn(f"the file takes {size} bytes, over the budget of {budget_bytes}", MiracleWarning, stacklevel=2)
     if checkpoint is not None:
         Path(checkpoint).unlink(missing_ok=True)
     return archive
@@ -163,7 +173,7 @@ def compress(
     encode_options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Archive:
-    """convert + fit + encode: a trained network becomes an archive of at most `budget`.
+    """Convert + fit + encode: a trained network becomes an archive of at most `budget`.
 
     Args:
         net: a trained network; it is left alone.
@@ -175,10 +185,13 @@ def compress(
         where: as in `convert`.
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
         progress: show progress bars on stderr.
+
     Returns:
         The archive; `archive.info["fit"]` is the `FitReport` as a dictionary.
+
     Raises:
         MiracleError: see `convert`, `fit` and `encode`.
+
     Example:
         >>> archive = compress(net, loader, F.cross_entropy, budget="1.5 kB")  # doctest: +SKIP
     """
@@ -199,6 +212,18 @@ def _check_finite(model: nn.Module) -> None:
             raise CodingError(f"the posterior of {name} holds NaN or infinite values: training diverged; lower the learning rate")
 
 
+def _check_affordable(model: nn.Module, state: State, coder: coders.Coder, goal: float, side: float) -> None:
+    """Refuse posteriors that are far too rich for the budget before the work is done, not after."""
+    expected = predicted_index_bits(
+        kl_bits_by_tensor(model), {str(t.posterior.name): t.place.size for t in state.tensors}, coder, state.block_bits
+    )
+    if expected > _STEERABLE * goal:
+        raise BudgetError(
+            f"the posteriors would take about {(expected + side) / 8:,.0f} bytes, the budget leaves {(goal + side) / 8:,.0f}: "
+            "call fit(..., budget=...) with that budget and enough epochs first, or raise the budget"
+        )
+
+
 def _divide(model: nn.Module, archive: Archive, seed: int, block_bits: float) -> list[TensorBlocks]:
     """Partition every coded tensor into blocks."""
     held, result = posteriors(model), []
@@ -214,7 +239,7 @@ def _divide(model: nn.Module, archive: Archive, seed: int, block_bits: float) ->
         place = np.where(place >= 0, free[place] if len(free) else place, -1)
         zeros = np.zeros(blocks)
         coded = np.full(blocks, not len(free))
-        result.append(TensorBlocks(number, p, place, np.ones(blocks, np.int64), coded, zeros.copy(), zeros.copy(), zeros.copy()))
+        result.append(TensorBlocks(number, p, place, np.ones(blocks, np.int64), coded, zeros.copy(), zeros.copy()))
     return result
 
 
@@ -252,41 +277,81 @@ def _code_round(state: State, coder: coders.Coder, seed: int, codebook: Codebook
         inside = t.place[rows] >= 0
         t.posterior.fix(torch.from_numpy(t.place[rows][inside]), torch.from_numpy(values[inside]))
         t.index[rows], t.coded[rows] = words.index, True
-        t.bits[rows] = coder.index_bits(words.index)
         t.kl_bits[rows] = Blocks.of(mean, std, prior).kl_nats().numpy() / NATS_PER_BIT
         t.log2_ratio[rows] = words.log_ratio_nats / NATS_PER_BIT
 
 
+def _coded(state: State, key: str) -> np.ndarray:
+    return np.concatenate([getattr(t, key)[t.coded] for t in state.tensors])
+
+
 def _spent_bits(state: State, coder: coders.Coder) -> float:
-    return float(sum(t.bits[t.coded].sum() for t in state.tensors))
+    return float(coder.index_bits(_coded(state, "index")).sum())
 
 
-def _refine(model, feed, loss, optimizer, state: State, coder, steps: int, left_bits: float | None) -> float:
-    """Train the weights not coded yet; beta keeps their expected codewords at `left_bits`. Returns the mean loss."""
-    waiting = sum(int((~t.coded).sum()) for t in state.tensors)
+def _expected_overhead(state: State, coder: coders.Coder, waiting_kl_bits: np.ndarray) -> float:
+    """Bits over their KL that the codewords of the waiting blocks will take, together.
+
+    A straight line in a block's KL, fitted to the blocks coded so far by ridge regression towards the coder's own
+    prediction: in one index table, blocks of small KL cost more over their KL than those of large KL.
+    """
+    middle = state.block_bits
+    prior = np.array([coder.predict_bits(middle) - middle, _OVERHEAD_SLOPE])
+    kl_bits = _coded(state, "kl_bits")
+    design = np.stack([np.ones_like(kl_bits), kl_bits - middle], 1)
+    over = coder.index_bits(_coded(state, "index")) - kl_bits
+    weight = np.diag([20.0, 20.0 * 16.0])  # as much as 20 blocks whose KL varies by 4 bits
+    line = np.linalg.solve(design.T @ design + weight, design.T @ over + weight @ prior)
+    return float(np.maximum(line[0] + line[1] * (waiting_kl_bits - middle), 0.0).sum())
+
+
+def _waiting_kl_bits(state: State) -> np.ndarray:
+    """KL of every block not coded yet, bits."""
+    rows = [(t, np.flatnonzero(~t.coded)) for t in state.tensors]
+    return np.concatenate([Blocks.of(*_gather(t, r)).kl_nats().numpy() / NATS_PER_BIT for t, r in rows if len(r)])
+
+
+def _refine(
+    model: nn.Module,
+    feed: Feed,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    coder: coders.Coder,
+    steps: int,
+    left_bits: float | None,
+) -> float:
+    """Train the weights not coded yet; beta keeps their expected codewords at `left_bits`. Returns the mean loss.
+
+    With codewords of fixed length there is nothing to save: beta keeps each block at the KL that its codeword can carry.
+    """
+    kl_bits = _waiting_kl_bits(state)
+    if coder.fixed_length_bits is not None:
+        overhead, target = 0.0, len(kl_bits) * state.block_bits
+    else:
+        overhead, target = _expected_overhead(state, coder, kl_bits), left_bits
     total = 0.0
     for _ in range(steps):
         value, kl_nats = train_step(model, feed.next(), loss, optimizer, beta=state.steering.beta, num_examples=feed.num_examples)
         total += value
-        if left_bits is not None:
-            expected = waiting * coder.predict_bits(kl_nats / NATS_PER_BIT / waiting)
-            state.steering.update(expected, max(left_bits, 0.2 * waiting))
+        if target is not None:
+            state.steering.update(kl_nats / NATS_PER_BIT + overhead, max(target, len(kl_bits)))
     return total / steps
 
 
 def _account(state: State, archive: Archive, size: int, seconds: float) -> dict[str, Any]:
-    bits, kl, ratio = (np.concatenate([getattr(t, k) for t in state.tensors]) for k in ("bits", "kl_bits", "log2_ratio"))
-    blocks = max(len(bits), 1)
+    kl, ratio = _coded(state, "kl_bits"), _coded(state, "log2_ratio")
+    blocks = max(len(kl), 1)
     index_bits = sum(r.bits for r in archive.records)
     return {
         "file_bytes": size,
-        "blocks": len(bits),
+        "blocks": len(kl),
         "index_bits": index_bits,
         "side_bits": 8 * size - index_bits,
-        "kl_bits_per_block": float(kl.mean()) if len(bits) else 0.0,
+        "kl_bits_per_block": float(kl.mean()) if len(kl) else 0.0,
         "codeword_bits_per_block": index_bits / blocks,
-        "log2_ratio_per_block": float(ratio.mean()) if len(bits) else 0.0,
-        "j_bits_per_block": index_bits / blocks - float(ratio.mean()) if len(bits) else 0.0,
+        "log2_ratio_per_block": float(ratio.mean()) if len(kl) else 0.0,
+        "j_bits_per_block": index_bits / blocks - float(ratio.mean()) if len(kl) else 0.0,
         "beta": state.steering.beta,
         "seconds": seconds,
         "rounds": state.history,
@@ -294,7 +359,7 @@ def _account(state: State, archive: Archive, size: int, seconds: float) -> dict[
 
 
 def _write_checkpoint(path: Path, model: nn.Module, optimizer, state: State, seed: int, coder: coders.Coder) -> None:
-    arrays = [{k: torch.from_numpy(getattr(t, k)) for k in ("index", "coded", "kl_bits", "bits", "log2_ratio")} for t in state.tensors]
+    arrays = [{k: torch.from_numpy(getattr(t, k)) for k in ("index", "coded", "kl_bits", "log2_ratio")} for t in state.tensors]
     content = {
         "seed": seed, "coder": coder.name, "round": state.round, "beta": state.steering.beta, "history": state.history,
         "tensors": arrays, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": torch.get_rng_state(),

@@ -51,7 +51,9 @@ class Blocks:
     def max_log_ratio(self) -> Tensor:
         """Largest l, the Renyi divergence D_inf in nats, `[blocks]`; infinite where std >= prior std and mean != 0."""
         a = 1.0 - self.v
-        peak = torch.where(a > 0, self.delta.square() / (2.0 * a.clamp_min(1e-300)), torch.where((self.delta == 0) & (a == 0), 0.0, torch.inf))
+        peak = torch.where(
+            a > 0, self.delta.square() / (2.0 * a.clamp_min(1e-300)), torch.where((self.delta == 0) & (a == 0), 0.0, torch.inf)
+        )
         return (peak - 0.5 * self.v.log()).sum(1)
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +62,7 @@ class Blocks:
         return const, self.delta / self.v, 0.5 - 0.5 / self.v
 
     def log_ratio(self, x: Tensor) -> Tensor:
-        """l of one point per block, x `[blocks, d]` in units of the prior; nats, `[blocks]`."""
+        """L of one point per block, x `[blocks, d]` in units of the prior; nats, `[blocks]`."""
         const, linear, quadratic = self.coefficients()
         x = x.double()
         return const + (x * linear + x.square() * quadratic).sum(1)
@@ -117,7 +119,7 @@ def stretch(blocks: Blocks) -> Stretch:
 
 
 def _log_tail(blocks: Blocks, level: Tensor) -> Tensor:
-    """ln Q[l >= level], `[blocks, grid]`: noncentral chi-square where all v of a block agree, else Lugannani-Rice."""
+    """Ln Q[l >= level], `[blocks, grid]`: noncentral chi-square where all v of a block agree, else Lugannani-Rice."""
     v = blocks.v
     shared = ((v.max(1).values - v.min(1).values) <= 1e-9 * v.max(1).values) & (v[:, 0] < 1.0)
     result = torch.empty_like(level)
@@ -131,7 +133,7 @@ def _log_tail(blocks: Blocks, level: Tensor) -> Tensor:
 
 
 def _log_tail_shared(blocks: Blocks, level: Tensor) -> Tensor:
-    """max l - l is a/2 times a noncentral chi-square with d degrees of freedom and noncentrality v |delta|^2 / a^2."""
+    """Max l - l is a/2 times a noncentral chi-square with d degrees of freedom and noncentrality v |delta|^2 / a^2."""
     v, d = blocks.v[:, :1].numpy(), blocks.v.shape[1]
     a = 1.0 - v
     shift = v * blocks.delta.square().sum(1, keepdim=True).numpy() / a**2

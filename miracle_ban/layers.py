@@ -130,10 +130,18 @@ class Posterior(nn.Module):
         self.fixed.view(-1)[flat_positions] = True
 
     @torch.no_grad()
-    def select(self, axis: int, units: Tensor) -> None:
-        """Keep only `units` (indices into the live part) along `axis`; they become the first ones, in that order."""
-        self.mean = nn.Parameter(self.mean.index_select(axis, units).contiguous())
-        self.log_std = nn.Parameter(self.log_std.index_select(axis, units).contiguous())
+    def select(self, axis: int, units: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Keep only `units` (indices into the live part) along `axis`; they become the first ones, in that order.
+
+        The parameters stay the same objects, so an `optimizer` goes on with them; its own averages are cut alike.
+        """
+        for parameter in (self.mean, self.log_std):
+            state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[key] = value.index_select(axis, units).contiguous()
+            parameter.grad = None
+            parameter.data = parameter.data.index_select(axis, units).contiguous()
         self.fixed = self.fixed.index_select(axis, units).contiguous()
         self.value = self.value.index_select(axis, units).contiguous()
 
@@ -150,8 +158,9 @@ class _Local:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer's output: a draw of it, or in mode "mean" what the mean weights give."""
         weight: Posterior = self.posterior["weight"]  # type: ignore[assignment]
-        bias: Posterior | None = self.posterior["bias"] if "bias" in self.posterior else None  # type: ignore[assignment]
+        bias: Posterior | None = dict(self.posterior.items()).get("bias")  # type: ignore[assignment]
         w_mean, w_var = weight.moments()
         b_mean, b_var = bias.moments() if bias is not None else (None, None)
         out = self._map(x, w_mean, b_mean)
@@ -247,8 +256,10 @@ def kl(model: nn.Module) -> Tensor:
 
     Args:
         model: a converted model.
+
     Returns:
         A scalar tensor that carries gradients.
+
     Raises:
         ValueError: the model has no posteriors.
     """

@@ -65,9 +65,9 @@ def trace(model: nn.Module) -> Structure:
         layer = modules[str(node.target)]
         if isinstance(layer, _WEIGHT_MODULES):
             norm = _only_user(node)
-            if norm is not None and norm.op == "call_module" and calls[str(norm.target)] == 1:
-                if _folds(layer, modules[str(norm.target)]):
-                    norms.append((str(node.target), str(norm.target)))
+            single = norm is not None and norm.op == "call_module" and calls[str(norm.target)] == 1
+            if norm is not None and single and _folds(layer, modules[str(norm.target)]):
+                norms.append((str(node.target), str(norm.target)))
             found = _follow(node, modules)
             if found is not None and calls[found[0]] == 1 and found[0] not in shared:
                 consumer = modules[found[0]]

@@ -6,6 +6,7 @@ steered so that the predicted size of the file comes down to the budget. Leans o
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -30,6 +31,10 @@ from .structure import Link
 Loss = Callable[[Any, Any], Tensor]
 LOG_STD_RATE = 5.0  # learning rate of log_std over that of the means
 BLOCK_BITS = 14.0  # KL of one block
+FIRST_BETA = 0.02  # low: the KL is to come down slowly, from above
+LARGEST_START = 8.0  # the descent begins at most at this many times the budget
+LOG_EVERY = 20  # steps
+SILENT_BITS = 3.0  # KL of all weights into, or out of, a hidden unit, under which it is dropped
 
 
 @dataclass
@@ -203,72 +208,118 @@ def fit(
         seed: for torch's generator; draws and shuffling follow from it.
         progress: show a progress bar on stderr.
         callback: called with each row of the history.
+
     Returns:
         A `FitReport`.
+
     Raises:
         BudgetError: the budget is smaller than what is stored besides the indices.
         MiracleError: the loss diverged, or batches are not (inputs, targets).
     """
     started = time.monotonic()
-    torch.manual_seed(seed)
-    account = conversion(model)
-    coder = coders.get(coder) if isinstance(coder, str) else coder
+    coder = (coders.get(coder) if isinstance(coder, str) else coder).for_blocks(block_bits)
+    links = conversion(model).links
     device = next(model.parameters()).device
     feed = Feed(batches, device, num_examples)
     budget_bytes = None if budget is None else parse_bytes(budget)
     per_epoch = feed.batches_per_epoch
     model.train()
-    if budget_bytes is not None and narrow and account.links:
-        target = weights_per_bit * 8 * budget_bytes
-        _narrow(model, feed, loss, target, max(1, round(narrow_epochs * per_epoch)), learning_rate / 4, progress)
+    with seeded(seed, device):
+        if budget_bytes is not None and narrow and links:
+            target = weights_per_bit * 8 * budget_bytes
+            _narrow(model, feed, loss, target, max(1, round(narrow_epochs * per_epoch)), learning_rate / 4, progress)
+        with_names = carries_names(names, model, None if budget_bytes is None else 8.0 * budget_bytes)
+        side = side_bits(skeleton(model, coder=coder, seed=0, names=with_names))
+        goal = None if budget_bytes is None else index_budget_bits(budget_bytes, side)
+        forecast = _Forecast(model, coder, block_bits)
+        steering = Steering(beta if goal is None else FIRST_BETA)
+        report = FitReport(budget_bytes, feed.num_examples, steps=max(1, round(epochs * per_epoch)))
+        optimizer = make_optimizer(model, learning_rate)
+        bar = tqdm(total=report.steps, disable=not progress, file=sys.stderr, desc="fit", unit="step")
+        for row in _descend(model, feed, loss, optimizer, steering, forecast, goal, report.steps, narrow):
+            bar.update()
+            if row["step"] % LOG_EVERY == 0 or row["step"] == report.steps - 1:
+                row["predicted_bytes"] = (side + row.pop("predicted_bits")) / 8
+                report.history.append(row)
+                bar.set_postfix_str(f"loss {row['loss']:.4f}, beta {row['beta']:.3g}, {row['predicted_bytes']:,.0f} bytes")
+                if callback is not None:
+                    callback(row)
+        bar.close()
     held = posteriors(model)
-    counts = {name: p.mean.numel() for name, p in held.items()}
-    with_names = carries_names(names, model, None if budget_bytes is None else 8.0 * budget_bytes)
-    side = side_bits(skeleton(model, coder=coder, seed=0, names=with_names))
-    goal = None if budget_bytes is None else index_budget_bits(budget_bytes, side)
+    report.kl_bits_by_tensor = kl_bits_by_tensor(model)
+    report.kl_bits = sum(report.kl_bits_by_tensor.values())
+    report.predicted_bytes = (side + forecast.refresh()) / 8
+    report.beta, report.seconds = steering.beta, time.monotonic() - started
+    report.live_weights = sum(p.mean.numel() for p in held.values())
+    report.widths = {k.producer: held[f"{k.producer}.weight"].kept[0] for k in links}
+    model.session = Session(steering.beta, feed.num_examples, budget_bytes, block_bits)  # type: ignore[assignment]
+    return report
 
-    def index_bits() -> float:
-        return predicted_index_bits(kl_bits_by_tensor(model), counts, coder, block_bits)
 
-    steps = max(1, round(epochs * per_epoch))
-    optimizer = make_optimizer(model, learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=steps + 1, pct_start=min(0.1, 200 / steps + 0.02)
-    )
-    first = index_bits()
-    steering = Steering(0.02 if goal is not None else beta)
-    report = FitReport(budget_bytes, feed.num_examples, steps=steps)
-    bar = tqdm(total=steps, disable=not progress, file=sys.stderr, desc="fit", unit="step")
-    bits_per_nat, running = 1.0, None
+def _descend(
+    model: nn.Module,
+    feed: Feed,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    steering: Steering,
+    forecast: _Forecast,
+    goal: float | None,
+    steps: int,
+    narrow: bool,
+) -> Iterator[dict[str, float]]:
+    """The loop of `fit`: one row for every step."""
+    rates = [g["lr"] for g in optimizer.param_groups]
+    warm_up = min(0.1, 200 / steps + 0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=warm_up)
+    first = forecast.refresh()
+    running = None
     for step in range(steps):
         value, kl_nats = train_step(model, feed.next(), loss, optimizer, beta=steering.beta, num_examples=feed.num_examples)
         schedule.step()
         running = value if running is None else 0.98 * running + 0.02 * value
-        if step % 20 == 0:
-            bits_per_nat = index_bits() / max(kl_nats, 1e-9)
-        predicted = bits_per_nat * kl_nats
+        if step % LOG_EVERY == 0:
+            forecast.refresh()
+        predicted = forecast.bits(kl_nats)
         if goal is not None:
-            steering.update(predicted, _target(step / steps, min(first, 8 * goal), goal))
-        if step % 20 == 0 or step == steps - 1:
-            size = (side + predicted) / 8
-            row = {
-                "step": step, "loss": running, "beta": steering.beta, "kl_bits": kl_nats / NATS_PER_BIT, "predicted_bytes": size,
-                "learning_rate": optimizer.param_groups[0]["lr"],
-            }  # fmt: skip
-            report.history.append(row)
-            bar.set_postfix_str(f"loss {running:.4f}, beta {steering.beta:.3g}, {size:,.0f} bytes")
-            if callback is not None:
-                callback(row)
-        bar.update()
-    bar.close()
-    report.kl_bits_by_tensor = kl_bits_by_tensor(model)
-    report.kl_bits = sum(report.kl_bits_by_tensor.values())
-    report.predicted_bytes = (side + index_bits()) / 8
-    report.beta, report.seconds = steering.beta, time.monotonic() - started
-    report.live_weights = sum(counts.values())
-    report.widths = {k.producer: held[f"{k.producer}.weight"].kept[0] for k in account.links}
-    model.session = Session(steering.beta, feed.num_examples, budget_bytes, block_bits)  # type: ignore[assignment]
-    return report
+            steering.update(predicted, _target(step / steps, min(first, LARGEST_START * goal), goal))
+            if narrow and (step + 1) % max(1, steps // 10) == 0 and step >= 0.3 * steps:
+                _drop_silent_units(model, optimizer)
+        yield {
+            "step": step,
+            "loss": running,
+            "beta": steering.beta,
+            "kl_bits": kl_nats / NATS_PER_BIT,
+            "predicted_bits": predicted,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+        }
+
+
+class _Forecast:
+    """Predicted bits of all codewords: computed in full now and then, in between in proportion to the KL."""
+
+    def __init__(self, model: nn.Module, coder: coders.Coder, block_bits: float):
+        self.model, self.coder, self.block_bits = model, coder, block_bits
+        self.bits_per_nat = 1.0 / NATS_PER_BIT
+
+    def refresh(self) -> float:
+        """Compute in full; bits."""
+        counts = {name: p.mean.numel() for name, p in posteriors(self.model).items()}
+        kl_bits = kl_bits_by_tensor(self.model)
+        predicted = predicted_index_bits(kl_bits, counts, self.coder, self.block_bits)
+        self.bits_per_nat = predicted / max(sum(kl_bits.values()) * NATS_PER_BIT, 1e-9)
+        return predicted
+
+    def bits(self, kl_nats: float) -> float:
+        """Bits for that much KL."""
+        return self.bits_per_nat * kl_nats
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from torch's generator as if seeded, and leave it afterwards as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def index_budget_bits(budget_bytes: int, side: float) -> float:
@@ -327,8 +378,26 @@ def _narrow(model: nn.Module, feed: Feed, loss: Loss, target: float, steps: int,
 
 
 @torch.no_grad()
+def _drop_silent_units(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Drop the hidden units whose incoming or outgoing weights have all fallen back to their prior.
+
+    Such a unit says nothing any more: it only adds the prior's noise.
+    """
+    held = posteriors(model)
+    for link in conversion(model).links:
+        weight, bias, out = held[f"{link.producer}.weight"], held.get(f"{link.producer}.bias"), held[f"{link.consumer}.weight"]
+        incoming = weight.kl_per_weight().flatten(1).sum(1)
+        if bias is not None:
+            incoming = incoming + bias.kl_per_weight()
+        outgoing = out.kl_per_weight().transpose(0, 1).flatten(1).sum(1).reshape(-1, link.multiplicity).sum(1)
+        keep = torch.nonzero(torch.minimum(incoming, outgoing) >= SILENT_BITS * NATS_PER_BIT).squeeze(1)
+        if 0 < len(keep) < len(incoming):
+            drop_units(model, link, keep, optimizer)
+
+
+@torch.no_grad()
 def _unit_gradient(model: nn.Module, link: Link) -> Tensor:
-    """d loss / d scale of every unit of a link, shape [units]."""
+    """Gradient d loss / d scale of every unit of a link, shape [units]."""
     held = posteriors(model)
     weight, bias = held[f"{link.producer}.weight"], held.get(f"{link.producer}.bias")
     total = (weight.mean * weight.mean.grad).flatten(1).sum(1)  # type: ignore[operator]
@@ -342,7 +411,7 @@ def _drop_until(model: nn.Module, relevance: dict[Link, Tensor], goal: float) ->
 
     def cost(link: Link) -> int:
         weight, consumer = held[f"{link.producer}.weight"], held[f"{link.consumer}.weight"]
-        into = sum(int(len(keep[k])) * k.multiplicity for k in keep if k.consumer == link.producer)
+        into = sum(len(keep[k]) * k.multiplicity for k in keep if k.consumer == link.producer)
         inputs = into or weight.mean.shape[1]
         outputs = next((len(keep[k]) for k in keep if k.producer == link.consumer), consumer.mean.shape[0])
         kernel_in, kernel_out = weight.mean[0, 0].numel(), consumer.mean[0, 0].numel()

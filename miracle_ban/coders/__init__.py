@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import MismatchError
-from .base import Codewords, Coder
+from .base import Coder, Codewords
 from .gprs import GreedyPoisson
 from .minimal_random import MinimalRandom
 
@@ -23,6 +23,7 @@ def get(name: str, **options: Any) -> Coder:
 
     Raises:
         MismatchError: no coder has that name, or it has no such option.
+
     Example:
         >>> get("gprs", extra_bits=8).name
         'gprs'

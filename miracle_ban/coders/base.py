@@ -60,6 +60,7 @@ class Coder(abc.ABC):
             tensor: position of the tensor in its file.
             blocks: numbers of these blocks within the tensor; default 0, 1, 2, ...
             codebook: reuse one between calls to save generating it again.
+
         Raises:
             CodingError: an argument is NaN, infinite or not positive where it must be.
         """
@@ -80,6 +81,10 @@ class Coder(abc.ABC):
         units = candidate_values(seed, tensor, numbers, codewords.index, codewords.dimension)
         return units * np.asarray(prior_std, np.float32)
 
+    def for_blocks(self, block_bits: float) -> Coder:
+        """This coder, with whatever it leaves open settled for blocks of that KL, bits."""
+        return self
+
     @abc.abstractmethod
     def _encode(self, scorer: Scorer) -> Codewords: ...
 
@@ -89,7 +94,7 @@ class Coder(abc.ABC):
 
     @abc.abstractmethod
     def index_bits(self, index: np.ndarray) -> np.ndarray:
-        """About how long each index is in the file, whatever else the file holds, bits, `[blocks]`."""
+        """About how long each of these indices is in a file that holds them all, bits, `[blocks]`."""
 
     @abc.abstractmethod
     def predict_bits(self, kl_bits: float) -> float:
@@ -133,7 +138,7 @@ class Scorer:
         self._quadratic = torch.gather(quadratic, 1, source).float()
 
     def score(self, start: int, stop: int, rows: np.ndarray) -> Tensor:
-        """l of candidates start .. stop - 1 (from 0) for the blocks `rows`: float32 `[n, rows]`, nats."""
+        """L of candidates start .. stop - 1 (from 0) for the blocks `rows`: float32 `[n, rows]`, nats."""
         if self.dimension <= LARGEST_PRIVATE_DIMENSION:
             return self._score_private(start, stop, rows)
         z = self.codebook.rows(start, stop, self.dimension)

@@ -16,33 +16,46 @@ from ..errors import CodingError
 from ..gaussian import Blocks
 from .base import Coder, Codewords, Scorer, chunks
 
+_EXTRA_BITS = {"sample": 0.0, "best": 2.0}
+_LONGEST_BITS = 24
+
 
 class MinimalRandom(Coder):
     """MIRACLE's coder, the baseline.
 
     Args:
         bits: length of every index; default the mean KL of the blocks, rounded up, plus `extra_bits`.
-        extra_bits: see `bits`; MIRACLE has 0.
+        extra_bits: see `bits`; default 0 for "sample", as in MIRACLE, and 2 for "best", whose candidate is then about as
+            good as a draw.
         choice: "sample" or "best".
         choice_seed: the encoder's own randomness.
     """
 
     name = "minimal-random"
 
-    def __init__(self, *, bits: int | None = None, extra_bits: float = 0.0, choice: str = "sample", choice_seed: int = 0):
+    def __init__(self, *, bits: int | None = None, extra_bits: float | None = None, choice: str = "sample", choice_seed: int = 0):
         if choice not in ("sample", "best"):
             raise CodingError(f"choice must be 'sample' or 'best', not {choice!r}")
-        if bits is not None and not 1 <= bits <= 24:
-            raise CodingError(f"an index of {bits} bits cannot be searched: choose 1 to 24")
+        if bits is not None and not 1 <= bits <= _LONGEST_BITS:
+            raise CodingError(f"an index of {bits} bits cannot be searched: choose 1 to {_LONGEST_BITS}")
         self.fixed_length_bits = bits
-        self.extra_bits = extra_bits
+        self.extra_bits = extra_bits if extra_bits is not None else _EXTRA_BITS[choice]
         self.choice = choice
         self.choice_seed = choice_seed
 
     def _bits(self, kl_nats: np.ndarray) -> int:
         if self.fixed_length_bits is not None:
             return self.fixed_length_bits
-        return int(np.clip(math.ceil(float(np.mean(kl_nats)) / NATS_PER_BIT + self.extra_bits), 1, 24))
+        return self._length(float(np.mean(kl_nats)) / NATS_PER_BIT)
+
+    def _length(self, kl_bits: float) -> int:
+        return int(np.clip(math.ceil(kl_bits + self.extra_bits), 1, _LONGEST_BITS))
+
+    def for_blocks(self, block_bits: float) -> MinimalRandom:
+        """See `Coder.for_blocks`: settles the length of the index."""
+        if self.fixed_length_bits is not None:
+            return self
+        return MinimalRandom(bits=self._length(block_bits), choice=self.choice, choice_seed=self.choice_seed)
 
     def _encode(self, scorer: Scorer) -> Codewords:
         bits = self._bits(scorer.kl_nats)
@@ -71,8 +84,8 @@ class MinimalRandom(Coder):
 
     def index_bits(self, index: np.ndarray) -> np.ndarray:
         """See `Coder.index_bits`."""
-        return np.full(len(index), float(self.fixed_length_bits or 0))
+        return np.full(len(index), float(self.fixed_length_bits or int(index.max(initial=1)).bit_length()))
 
     def predict_bits(self, kl_bits: float) -> float:
-        """The length of an index; a block is to carry that much KL less what the choice gains."""
+        """See `Coder.predict_bits`: the length of an index, whatever the block's KL."""
         return float(self.fixed_length_bits) if self.fixed_length_bits else kl_bits + self.extra_bits

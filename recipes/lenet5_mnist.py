@@ -1,0 +1,158 @@
+"""LeNet-5 on MNIST: a trained network of 1,724,320 bytes becomes a file of about a kilobyte.
+
+    python recipes/lenet5_mnist.py --budget 1140 --seed 0 --data ../data
+
+Trains the float network (two minutes, kept in --work), compresses it, decodes the file in a fresh process, reports
+the error on the official test split and appends one line to `recipes/results/lenet5_mnist.jsonl`. Nothing is chosen on the
+test split: the settings below were chosen on the last 5,000 training images, which are never trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import miracle_ban
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import Batches, append_result, data_root, error_percent, mnist
+
+INPUT_MEAN, INPUT_STD = 0.1307, 0.3081
+DISTORTION = 0.7
+BATCH = 250
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 "Caffe": conv 20@5x5, conv 50@5x5, fc 800-500, fc 500-10; 431,080 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 20, 5)
+        self.conv2 = nn.Conv2d(20, 50, 5)
+        self.fc1 = nn.Linear(800, 500)
+        self.fc2 = nn.Linear(500, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores `[n, 10]` of images `[n, 1, 28, 28]`."""
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
+
+
+def train_float(batches: Batches, *, epochs: int, seed: int, path: Path) -> LeNet5:
+    """The ordinary network to start from, trained once per seed and kept at `path`."""
+    torch.manual_seed(seed)
+    net = LeNet5()
+    if path.exists():
+        net.load_state_dict(torch.load(path, weights_only=True))
+        return net
+    steps = epochs * len(batches)
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
+    for _ in range(epochs):
+        for x, y in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            schedule.step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(net.state_dict(), path)
+    return net
+
+
+def decoded_error(path: Path, data: dict[str, tuple[Tensor, Tensor]], part: str) -> tuple[float, str]:
+    """Decode a file into a fresh LeNet-5: test error in percent, and the SHA-256 over all weights."""
+    net = miracle_ban.load(path, LeNet5())
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()
+    return error_percent(net, *data[part], mean=INPUT_MEAN, std=INPUT_STD), digest
+
+
+def main() -> None:
+    """Run the recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", default="1140", help="bytes of the whole file, or text such as '1.5 kB'")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--coder", default="gprs")
+    parser.add_argument("--epochs", type=float, default=24, help="of training the posteriors")
+    parser.add_argument("--float-epochs", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--refine-steps", type=int, default=60)
+    parser.add_argument("--data", help="folder that holds mnist/; default $MIRACLE_BAN_DATA, else ./data by download")
+    parser.add_argument("--work", type=Path, default=Path("work"), help="float network and checkpoint")
+    parser.add_argument("-o", "--output", type=Path, help="default WORK/lenet5-mnist-BUDGET-sSEED.mban")
+    parser.add_argument("--check", type=Path, help="only decode this file and print its test error and weights' SHA-256")
+    parser.add_argument("--smoke", action="store_true", help="a few steps on 2,000 images, for the tests")
+    args = parser.parse_args()
+    data = mnist(data_root(args.data))
+    if args.check:
+        error, digest = decoded_error(args.check, data, "test")
+        print(json.dumps({"error": error, "sha256_weights": digest}))
+        return
+    if args.smoke:
+        data = {part: (x[:2000], y[:2000]) for part, (x, y) in data.items()}
+        args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 20, 1, 3, 2, "4 kB"
+    batches = Batches(*data["train"], size=BATCH, mean=INPUT_MEAN, std=INPUT_STD, distortion=DISTORTION)
+    args.work.mkdir(parents=True, exist_ok=True)
+    output = args.output or args.work / f"lenet5-mnist-{miracle_ban.bits.parse_bytes(args.budget)}-s{args.seed}.mban"
+
+    started = time.monotonic()
+    net = train_float(batches, epochs=args.float_epochs, seed=args.seed, path=args.work / f"float-s{args.seed}.pt")
+    seconds = {"float": time.monotonic() - started}
+    float_error = error_percent(net, *data["test"], mean=INPUT_MEAN, std=INPUT_STD)
+
+    bnn = miracle_ban.convert(net)
+    started = time.monotonic()
+    report = miracle_ban.fit(bnn, batches, F.cross_entropy, budget=args.budget, epochs=args.epochs, coder=args.coder, seed=args.seed)
+    seconds["fit"] = time.monotonic() - started
+    report.plot(output.with_suffix(".fit.png"))
+    archive = miracle_ban.encode(
+        bnn,
+        batches,
+        F.cross_entropy,
+        coder=args.coder,
+        seed=args.seed,
+        rounds=args.rounds,
+        refine_steps=args.refine_steps,
+        checkpoint=output.with_suffix(".checkpoint"),
+    )
+    seconds["encode"] = archive.info["seconds"]
+    size = miracle_ban.save(archive, output)
+
+    with miracle_ban.layers.use_mode(bnn, "mean"):
+        encoder_error = error_percent(bnn, *data["test"], mean=INPUT_MEAN, std=INPUT_STD)
+    fresh = [sys.executable, __file__, "--check", str(output), *(["--data", args.data] if args.data else [])]
+    checked = json.loads(subprocess.run(fresh, check=True, capture_output=True, text=True).stdout)
+    validation_error, digest = decoded_error(output, data, "validation")
+    if checked["sha256_weights"] != digest:
+        raise SystemExit("a fresh process decoded other weights")
+    if not args.smoke and checked["error"] != encoder_error:
+        raise SystemExit(f"the decoded network errs {checked['error']} %, the encoder's {encoder_error} %")
+    info = archive.info
+    line = {
+        "task": "LeNet-5 on MNIST", "bytes": size, "error": checked["error"], "validation_error": round(validation_error, 3),
+        "float_error": float_error, "budget": report.budget_bytes, "seed": args.seed, "coder": args.coder, "epochs": args.epochs,
+        "seconds": {k: round(v, 1) for k, v in seconds.items()}, "widths": report.widths, "live_weights": report.live_weights,
+        "fit_beta": report.beta, "fit_kl_bits": report.kl_bits_by_tensor, "blocks": info["blocks"], "side_bits": info["side_bits"],
+        "kl_bits_per_block": info["kl_bits_per_block"], "codeword_bits_per_block": info["codeword_bits_per_block"],
+        "log2_ratio_per_block": info["log2_ratio_per_block"], "j_bits_per_block": info["j_bits_per_block"], "encode_beta": info["beta"],
+        "sha256": hashlib.sha256(output.read_bytes()).hexdigest(), "sha256_weights": digest, "file": output.name,
+        "input_mean": INPUT_MEAN, "input_std": INPUT_STD,
+        "command": f"python recipes/lenet5_mnist.py --budget {args.budget} --seed {args.seed} --epochs {args.epochs:g} "
+        f"--rounds {args.rounds} --refine-steps {args.refine_steps} --coder {args.coder}",
+    }  # fmt: skip
+    if not args.smoke:
+        append_result("lenet5_mnist", line)
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

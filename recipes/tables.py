@@ -1,0 +1,116 @@
+"""Rewrite the results tables of `README.md` and `recipes/README.md`, and the cards in `pretrained/`, from the result lines.
+
+    python recipes/tables.py [--keep FOLDER]
+
+`--keep FOLDER` copies the best file of each budget from FOLDER to `pretrained/` and writes `pretrained/manifest.json`. "Best"
+is the smallest error on the validation images; the test error is only reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+TOP = Path(__file__).resolve().parent.parent
+PUBLISHED = (  # bytes, error in percent, what
+    (1_140, 0.98, "MIRACLE, independent re-implementation, a real file"),
+    (1_694, 0.83, "MIRACLE, independent re-implementation, a real file"),
+    (1_552, 0.96, "MIRACLE (Havasi et al. 2019), indices only"),
+    (3_105, 0.69, "MIRACLE (Havasi et al. 2019), indices only"),
+    (10_540, 0.83, "pruning, retraining and NNCodec 2.1.3 (the MPEG standard)"),
+    (10_234, 0.89, "pruning, retraining, codebook and entropy coder"),
+)
+
+
+def read_results(recipe: str) -> list[dict[str, Any]]:
+    """All result lines of a recipe."""
+    path = TOP / "recipes" / "results" / f"{recipe}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+
+def lenet_groups() -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Result lines of LeNet-5 by (budget, coder); of runs repeated with the same command the latest counts."""
+    latest = {line["command"]: line for line in read_results("lenet5_mnist")}
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for line in sorted(latest.values(), key=lambda v: (v["budget"], v["coder"], v["seed"])):
+        groups.setdefault((line["budget"], line["coder"]), []).append(line)
+    return groups
+
+
+def lenet_table() -> str:
+    """LeNet-5 on MNIST: our files, every seed, beside what is published."""
+    rows = ["| LeNet-5 on MNIST, 1,724,320 bytes as float32 | file, bytes | ratio | test error, % |", "|---|---|---|---|"]
+    for (budget, coder), lines in sorted(lenet_groups().items()):
+        errors = [v["error"] for v in lines]
+        sizes = [v["bytes"] for v in lines]
+        each = ", ".join(f"{e:.2f}" for e in errors)
+        name = f"**miracle_ban**, `{coder}`, budget {budget:,}, seeds {', '.join(str(v['seed']) for v in lines)}"
+        rows.append(
+            f"| {name} | **{max(sizes):,}** (largest) | {1_724_320 / max(sizes):,.0f} | **{median(errors):.2f}** (median of {each}) |"
+        )
+    rows += [f"| {what} | {size:,} | {1_724_320 / size:,.0f} | {error:.2f} |" for size, error, what in PUBLISHED]
+    return "\n".join(rows)
+
+
+def lenet_seeds() -> str:
+    """Every run of LeNet-5 with its parts."""
+    head = "| budget | coder | seed | bytes | test error, % | float error, % | widths | blocks | KL, bits | codeword, bits | log2 r | J | fit, s | encode, s |"
+    rows = [head, "|" + "---|" * (head.count("|") - 1)]
+    for (budget, coder), lines in sorted(lenet_groups().items()):
+        for v in lines:
+            widths = "-".join(str(w) for w in v["widths"].values())
+            rows.append(
+                f"| {budget:,} | {coder} | {v['seed']} | {v['bytes']:,} | {v['error']:.2f} | {v['float_error']:.2f} | {widths} | {v['blocks']} "
+                f"| {v['kl_bits_per_block']:.2f} | {v['codeword_bits_per_block']:.2f} | {v['log2_ratio_per_block']:.2f} "
+                f"| {v['j_bits_per_block']:.2f} | {v['seconds']['fit']:.0f} | {v['seconds']['encode']:.0f} |"
+            )
+    return "\n".join(rows)
+
+
+def keep(folder: Path) -> None:
+    """Copy the best file of each budget to `pretrained/` and write the manifest."""
+    manifest = []
+    for (budget, coder), lines in sorted(lenet_groups().items()):
+        best = min(lines, key=lambda v: v["validation_error"])
+        source = folder / best["file"]
+        target = TOP / "pretrained" / f"lenet5-mnist-{budget}{'' if coder == 'gprs' else '-' + coder}.mban"
+        if hashlib.sha256(source.read_bytes()).hexdigest() != best["sha256"]:
+            raise SystemExit(f"{source} is not the file of the result line: run its command again")
+        shutil.copyfile(source, target)
+        manifest.append(
+            {
+                "file": target.name, "bytes": best["bytes"], "sha256": best["sha256"], "task": best["task"],
+                "metric": "test error, percent", "value": best["error"], "seed": best["seed"], "command": best["command"],
+                "input_mean": best["input_mean"], "input_std": best["input_std"], "sha256_weights": best["sha256_weights"],
+            }
+        )  # fmt: skip
+    (TOP / "pretrained" / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def replace_section(path: Path, name: str, text: str) -> None:
+    """Put `text` between the two marks `<!-- name -->` and `<!-- /name -->` of a file."""
+    before, mark, rest = path.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not mark or not end:
+        raise SystemExit(f"{path} has no section {name}")
+    path.write_text(f"{before}{mark}{text}\n{end}{after}")
+
+
+def main() -> None:
+    """Rewrite everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER")
+    args = parser.parse_args()
+    if args.keep:
+        keep(args.keep)
+    replace_section(TOP / "README.md", "results", lenet_table())
+    replace_section(TOP / "recipes" / "README.md", "lenet5", lenet_seeds())
+
+
+if __name__ == "__main__":
+    main()
