@@ -1,8 +1,10 @@
 """Neural networks made tiny on disk: Bayesian layers, beta-ELBO training, relative entropy coding.
 
+The pipeline, and where each step lives:
+
     model --convert--> Bayesian model --fit (beta-ELBO, budget)--> posteriors
-          --encode (blocks, greedy Poisson rejection sampling)--> Archive --save--> file.mban
-    file.mban --load--> the same nn.Module with ordinary weights
+    --encode (blocks, greedy Poisson rejection sampling)--> Archive --save--> file.mban
+    --load--> the same nn.Module with ordinary weights
 """
 
 from .convert import convert
@@ -10,7 +12,6 @@ from .decode import decode, load, open, save
 from .encode import compress, encode
 from .errors import MiracleError
 from .layers import kl
-from . import bits, layers
 from .train import FitReport, fit
 
 __version__ = "0.1.0"

@@ -108,6 +108,8 @@ def convert(
     original = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
     structure = trace(model)
     net = copy.deepcopy(model)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in net.parameters()):
+        net = net.float()  # 16 bits are too few to train in; the file still says, and gives back, the original dtype
     constants = _fold_norms(net, structure) if fold else {}
     aliases = _aliases(net)
     chosen = _chosen_parameters(net, where, skip=set(constants))

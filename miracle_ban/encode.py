@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,8 @@ def compress(
     epochs: float = 30.0,
     coder: str | coders.Coder = "gprs",
     seed: int = 0,
-    where: Any = None,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    per_unit: bool = False,
     fit_options: dict[str, Any] | None = None,
     encode_options: dict[str, Any] | None = None,
     progress: bool = True,
@@ -182,7 +183,7 @@ def compress(
         budget: size of the whole file, bytes or text such as "20 kB".
         epochs: passes over `batches` in `fit`.
         coder, seed: as in `encode`.
-        where: as in `convert`.
+        where, per_unit: as in `convert`.
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
         progress: show progress bars on stderr.
 
@@ -197,7 +198,7 @@ def compress(
     """
     if batches is None or loss is None:
         raise CodingError("compress() needs batches and a loss to train with: compress(net, loader, F.cross_entropy, budget=...)")
-    model = convert(net, where=where)
+    model = convert(net, where=where, per_unit=per_unit)
     report: FitReport = fit(
         model, batches, loss, budget=budget, epochs=epochs, coder=coder, seed=seed, progress=progress, **(fit_options or {})
     )
@@ -231,7 +232,7 @@ def _divide(model: nn.Module, archive: Archive, seed: int, block_bits: float) ->
         if record.kind != "coded":
             continue
         p = held[str(record.name)]
-        free = torch.nonzero(~p.fixed.flatten()).squeeze(1).numpy()
+        free = torch.nonzero(~p.fixed.flatten().cpu()).squeeze(1).numpy()
         with torch.no_grad():
             kl_bits = float(p.kl()) / NATS_PER_BIT
         blocks = num_blocks(kl_bits, len(free), block_bits)
@@ -252,8 +253,9 @@ def _gather(t: TensorBlocks, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tens
     place = torch.from_numpy(t.place[rows])
     inside, at = place >= 0, place.clamp_min(0)
     p = t.posterior
-    prior = p.prior_std.expand_as(p.mean).flatten()[at].double()  # type: ignore[union-attr]
-    mean, std = p.mean.detach().flatten()[at].double(), p.log_std.detach().flatten()[at].double().exp()
+    prior = p.prior_std.expand_as(p.mean).flatten().cpu()[at].double()  # type: ignore[union-attr]
+    mean, log_std = (v.detach().flatten().cpu()[at].double() for v in (p.mean, p.log_std))
+    std = log_std.exp()
     prior = torch.where(inside, prior, 1.0)
     return torch.where(inside, mean, 0.0), torch.where(inside, std, 1.0), prior
 

@@ -48,7 +48,8 @@ class Posterior(nn.Module):
         self.mode = "draw"
         self._cache: Tensor | None = None
         self._caching = False
-        mean = value.detach().clone().float()
+        mean = value.detach().clone()
+        mean = mean if mean.dtype == torch.float64 else mean.float()
         rms = float(mean.square().mean().sqrt()) if mean.numel() else 0.0
         std = max(INITIAL_RELATIVE_STD * rms, 1e-4)
         self.mean = nn.Parameter(mean)
@@ -135,6 +136,7 @@ class Posterior(nn.Module):
 
         The parameters stay the same objects, so an `optimizer` goes on with them; its own averages are cut alike.
         """
+        units = units.to(self.mean.device)
         for parameter in (self.mean, self.log_std):
             state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
             for key, value in state.items():

@@ -37,13 +37,13 @@ def freeze_priors(model: nn.Module) -> dict[str, np.ndarray]:
             codes[name] = np.zeros(1, np.uint8)
             continue
         moment = p.group_second_moment()
-        code = prior_code(moment.sqrt().flatten().numpy())
+        code = prior_code(moment.sqrt().flatten().cpu().numpy())
         if p.per_unit and p.mean.dim() > 0:
             bits = p.kl_per_weight().flatten(1).mean(1) if p.mean.dim() > 1 else p.kl_per_weight()
-            code[(bits / NATS_PER_BIT).numpy() < DROP_BELOW_BITS] = 0
+            code[(bits / NATS_PER_BIT).cpu().numpy() < DROP_BELOW_BITS] = 0
         std = torch.from_numpy(prior_std(np.maximum(code, 1))).reshape(moment.shape)
         p.freeze_prior(std)
-        dropped = torch.from_numpy(code == 0).reshape(moment.shape).expand_as(p.mean)
+        dropped = torch.from_numpy(code == 0).reshape(moment.shape).expand(p.mean.shape)
         if dropped.any():
             at = torch.nonzero(dropped.flatten()).squeeze(1)
             p.fix(at, torch.zeros(len(at)))

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import miracle_ban
+from miracle_ban.bits import parse_bytes
+from miracle_ban.layers import use_mode
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import Batches, append_result, data_root, error_percent, mnist
@@ -102,7 +104,7 @@ def main() -> None:
         args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 20, 1, 3, 2, "4 kB"
     batches = Batches(*data["train"], size=BATCH, mean=INPUT_MEAN, std=INPUT_STD, distortion=DISTORTION)
     args.work.mkdir(parents=True, exist_ok=True)
-    output = args.output or args.work / f"lenet5-mnist-{miracle_ban.bits.parse_bytes(args.budget)}-s{args.seed}.mban"
+    output = args.output or args.work / f"lenet5-mnist-{parse_bytes(args.budget)}-s{args.seed}.mban"
 
     started = time.monotonic()
     net = train_float(batches, epochs=args.float_epochs, seed=args.seed, path=args.work / f"float-s{args.seed}.pt")
@@ -127,7 +129,7 @@ def main() -> None:
     seconds["encode"] = archive.info["seconds"]
     size = miracle_ban.save(archive, output)
 
-    with miracle_ban.layers.use_mode(bnn, "mean"):
+    with use_mode(bnn, "mean"):
         encoder_error = error_percent(bnn, *data["test"], mean=INPUT_MEAN, std=INPUT_STD)
     fresh = [sys.executable, __file__, "--check", str(output), *(["--data", args.data] if args.data else [])]
     checked = json.loads(subprocess.run(fresh, check=True, capture_output=True, text=True).stdout)
