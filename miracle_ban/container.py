@@ -29,12 +29,16 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .bits import BitReader, BitWriter, HuffmanTable, crc32
 from .blocks import LARGEST_DIMENSION
 from .errors import CorruptError, MismatchError, NotAnArchiveError, VersionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAGIC = b"MBN"
 FORMAT_VERSION = 1
@@ -115,7 +119,7 @@ class Archive:
         if any(r.name is None or r.shape is None for r in self.records):
             raise MismatchError("this file carries no tensor names or shapes (small files leave them out): give the model it was made for")
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    def __getitem__(self, name: str) -> Tensor:
         from .decode import decode_one  # the container itself needs no decoder
 
         return decode_one(self, name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def convert(
     modules = _attach_posteriors(net, chosen, per_unit)
     for _, norm_name in structure.norms if fold else ():
         norm = net.get_submodule(norm_name)
-        norm.weight.requires_grad_(False)
+        norm.get_parameter("weight").requires_grad_(False)
         hold_in_eval(norm)
     entries = [_entry(name, shape, dtype, chosen, constants, aliases) for name, (shape, dtype) in original.items()]
     net.conversion = Conversion(entries, _usable_links(net, structure), modules)  # type: ignore[assignment]
@@ -257,7 +258,8 @@ def _fold_norms(net: nn.Module, structure: Structure) -> dict[str, int]:
     """
     constants: dict[str, int] = {}
     for layer_name, norm_name in structure.norms:
-        layer, norm = net.get_submodule(layer_name), net.get_submodule(norm_name)
+        layer: Any = net.get_submodule(layer_name)
+        norm: Any = net.get_submodule(norm_name)
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         shift = norm.bias - norm.running_mean * scale
         if layer.bias is not None:

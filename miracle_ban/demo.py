@@ -170,7 +170,7 @@ def _bend(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for _ in range(3):
         wave = rng.normal(0.0, 1.6, (n, 1, 2))
         phase = rng.uniform(0, 2 * np.pi, (n, 1))
-        shift = rng.normal(0.0, 0.075, (n, 1, 2))
+        shift = rng.normal(0.0, 0.06, (n, 1, 2))
         points = points + shift * np.sin((points * wave).sum(2) + phase)[..., None]
     return points
 
@@ -178,12 +178,12 @@ def _bend(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _place(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Rotate, scale, shear and shift every glyph; returns pixel coordinates."""
     n = len(points)
-    angle = rng.normal(0.0, math.radians(11), n)
+    angle = rng.normal(0.0, math.radians(10), n)
     shear = rng.normal(0.0, 0.2, n)
-    scale = 8.4 * np.exp(rng.normal(0.0, 0.13, (n, 2)))
+    scale = 8.4 * np.exp(rng.normal(0.0, 0.12, (n, 2)))
     cos, sin = np.cos(angle), np.sin(angle)
     turn = np.stack([np.stack([cos, -sin - shear], 1), np.stack([sin, cos], 1)], 1)
-    return np.einsum("nij,npj->npi", turn, points) * scale[:, None] + (SIDE - 1) / 2 + rng.normal(0.0, 1.5, (n, 1, 2))
+    return np.einsum("nij,npj->npi", turn, points) * scale[:, None] + (SIDE - 1) / 2 + rng.normal(0.0, 1.3, (n, 1, 2))
 
 
 def _ink(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -193,9 +193,9 @@ def _ink(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     pressure = rng.uniform(0.6, 1.6, (n, 1, 1))
     sheet = _dots(points, width)
     gap = 2 * 9.0 * np.pi / _POINTS  # typical distance of two dots, pixels
-    strays = _dots(_strays(n, rng), 0.8 * np.ones((n, 1, 1))) * (rng.random((n, 1, 1)) < 0.4)
+    strays = _dots(_strays(n, rng), 0.8 * np.ones((n, 1, 1))) * (rng.random((n, 1, 1)) < 0.3)
     image = 1.0 - np.exp(-1.6 * pressure * gap * (sheet + strays) / width)
-    image = image * rng.uniform(0.65, 1.0, (n, 1, 1)) + rng.normal(0.0, 1.0, image.shape) * rng.uniform(0.02, 0.16, (n, 1, 1))
+    image = image * rng.uniform(0.65, 1.0, (n, 1, 1)) + rng.normal(0.0, 1.0, image.shape) * rng.uniform(0.02, 0.14, (n, 1, 1))
     return np.clip(image, 0.0, 1.0).astype(np.float32)
 
 

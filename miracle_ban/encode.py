@@ -119,17 +119,18 @@ def encode(
     archive = skeleton(model, coder=coder, seed=seed, names=carries_names(names, model, budget_bits), codes=codes)
     side = side_bits(archive)
     state = State(_divide(model, archive, seed, block_bits), Steering(session.beta if session else 1.0, gain=_GAIN), block_bits)
-    refining = batches is not None and loss is not None and refine_steps > 0
-    feed = Feed(batches, next(model.parameters()).device, num_examples) if refining else None
+    feed = None
+    if batches is not None and loss is not None and refine_steps > 0:
+        feed = Feed(batches, next(model.parameters()).device, num_examples)
     goal = None
     if budget_bytes is not None:
         # the last round cannot be corrected: keep back what its codewords may vary by
-        last_round = sum(len(t.index) for t in state.tensors) / (rounds if refining else 1)
+        last_round = sum(len(t.index) for t in state.tensors) / (rounds if feed is not None else 1)
         goal = index_budget_bits(budget_bytes, side) - 5.0 * math.sqrt(last_round)
         _check_affordable(model, state, coder, goal, side)
     total = sum(len(t.index) for t in state.tensors)
     optimizer = make_optimizer(model, learning_rate)
-    rounds = max(1, min(rounds, total)) if refining else 1
+    rounds = max(1, min(rounds, total)) if feed is not None else 1
     device = next(model.parameters()).device
     model.train()
     with seeded(seed, device), tqdm(total=total, disable=not progress, file=sys.stderr, desc="encode", unit="block") as bar:
@@ -262,12 +263,12 @@ def _gather(t: TensorBlocks, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tens
 
 def _code_round(state: State, coder: coders.Coder, seed: int, codebook: Codebook, count: int) -> None:
     """Code the `count` blocks of largest KL and fix them at what the decoder will give."""
-    waiting = []
+    waiting: list[tuple[float, int, int]] = []
     for t in state.tensors:
         rows = np.flatnonzero(~t.coded)
         if len(rows):
             kl_bits = Blocks.of(*_gather(t, rows)).kl_nats().numpy() / NATS_PER_BIT
-            waiting.extend((-bits, t.number, int(row)) for bits, row in zip(kl_bits, rows, strict=True))
+            waiting.extend((-float(bits), t.number, int(row)) for bits, row in zip(kl_bits, rows, strict=True))
     chosen = sorted(waiting)[:count]
     for t in state.tensors:
         rows = np.array(sorted(row for _, number, row in chosen if number == t.number), np.int64)
@@ -329,15 +330,16 @@ def _refine(
     """
     kl_bits = _waiting_kl_bits(state)
     if coder.fixed_length_bits is not None:
-        overhead, target = 0.0, len(kl_bits) * state.block_bits
+        overhead = 0.0
+        left_bits = len(kl_bits) * state.block_bits
     else:
-        overhead, target = _expected_overhead(state, coder, kl_bits), left_bits
+        overhead = _expected_overhead(state, coder, kl_bits)
     total = 0.0
     for _ in range(steps):
         value, kl_nats = train_step(model, feed.next(), loss, optimizer, beta=state.steering.beta, num_examples=feed.num_examples)
         total += value
-        if target is not None:
-            state.steering.update(kl_nats / NATS_PER_BIT + overhead, max(target, len(kl_bits)))
+        if left_bits is not None:
+            state.steering.update(kl_nats / NATS_PER_BIT + overhead, max(left_bits, len(kl_bits)))
     return total / steps
 
 

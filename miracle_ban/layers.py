@@ -134,21 +134,31 @@ class Posterior(nn.Module):
     def select(self, axis: int, units: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Keep only `units` (indices into the live part) along `axis`; they become the first ones, in that order.
 
-        The parameters stay the same objects, so an `optimizer` goes on with them; its own averages are cut alike.
+        An `optimizer` of the parameters goes on with what is kept of them, its own averages cut alike.
         """
         units = units.to(self.mean.device)
-        for parameter in (self.mean, self.log_std):
-            state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    state[key] = value.index_select(axis, units).contiguous()
-            parameter.grad = None
-            parameter.data = parameter.data.index_select(axis, units).contiguous()
+        for own in ("mean", "log_std"):
+            old = getattr(self, own)
+            new = nn.Parameter(old.detach().index_select(axis, units).contiguous())
+            setattr(self, own, new)
+            if optimizer is not None:
+                _exchange(optimizer, old, new, axis, units)
         self.fixed = self.fixed.index_select(axis, units).contiguous()
         self.value = self.value.index_select(axis, units).contiguous()
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, kept={self.kept}, full_shape={self.full_shape}, fixed={int(self.fixed.sum())}"
+
+
+def _exchange(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, axis: int, units: Tensor) -> None:
+    """Let `new`, the slices `units` of `old`, take its place in an optimizer."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    state = optimizer.state.pop(old, {})
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == old.shape:
+            state[key] = value.index_select(axis, units).contiguous()
+    optimizer.state[new] = state
 
 
 class _Local:

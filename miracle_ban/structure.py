@@ -26,7 +26,11 @@ _PER_UNIT_FUNCTIONS = {
 }  # fmt: skip
 _PER_UNIT_METHODS = {"relu", "sigmoid", "tanh", "contiguous"}
 _WEIGHT_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_FOLDABLE = {nn.BatchNorm1d: (nn.Linear, nn.Conv1d), nn.BatchNorm2d: (nn.Conv2d,), nn.BatchNorm3d: (nn.Conv3d,)}
+_FOLDABLE: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+    nn.BatchNorm1d: (nn.Linear, nn.Conv1d),
+    nn.BatchNorm2d: (nn.Conv2d,),
+    nn.BatchNorm3d: (nn.Conv3d,),
+}
 
 
 @dataclass(frozen=True)
@@ -134,10 +138,10 @@ def _flattens(node: fx.Node) -> bool:
     if node.target in (torch.flatten, "flatten"):
         start = node.kwargs.get("start_dim", args[0] if args else 0)
         end = node.kwargs.get("end_dim", args[1] if len(args) > 1 else -1)
-        return start == 1 and end == -1
+        return (start, end) == (1, -1)
     if node.target in ("view", "reshape", torch.reshape):
         shape = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
-        return len(shape) == 2 and shape[1] == -1 and isinstance(shape[0], fx.Node) and _is_batch_size(shape[0])
+        return len(shape) == 2 and isinstance(shape[0], fx.Node) and _is_batch_size(shape[0]) and bool(shape[1] == -1)
     return False
 
 
@@ -146,7 +150,7 @@ def _is_batch_size(node: fx.Node) -> bool:
         return node.args[1:] == (0,)
     if node.op == "call_function" and node.target is operator.getitem:
         source = node.args[0]
-        return node.args[1] == 0 and isinstance(source, fx.Node) and source.target in (getattr, "size")
+        return isinstance(source, fx.Node) and source.target in (getattr, "size") and bool(node.args[1] == 0)
     return False
 
 
@@ -154,9 +158,13 @@ def _multiplicity(producer: nn.Module, consumer: nn.Module, *, flattened: bool) 
     """Inputs of the consumer for each unit of the producer; 0 where units are not separate inputs."""
     if getattr(producer, "groups", 1) != 1 or getattr(consumer, "groups", 1) != 1:
         return 0
-    out_units, in_units = producer.weight.shape[0], consumer.weight.shape[1]
+    out_units, in_units = int(_shape(producer)[0]), int(_shape(consumer)[1])
     if in_units == out_units and not (isinstance(consumer, nn.Linear) and not isinstance(producer, nn.Linear) and not flattened):
         return 1
     if flattened and isinstance(consumer, nn.Linear) and in_units % out_units == 0:
         return in_units // out_units
     return 0
+
+
+def _shape(layer: nn.Module) -> torch.Size:
+    return layer.get_parameter("weight").shape

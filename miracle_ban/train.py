@@ -10,7 +10,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class Feed:
     @property
     def batches_per_epoch(self) -> int:
         """Number of batches in one pass."""
-        return len(self.batches) if hasattr(self.batches, "__len__") else sum(1 for _ in self.batches)
+        return len(self.batches) if isinstance(self.batches, Sized) else sum(1 for _ in self.batches)
 
     def restart(self) -> None:
         """Begin a new pass with the next batch."""

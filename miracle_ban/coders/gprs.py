@@ -65,7 +65,7 @@ class GreedyPoisson(Coder):
             best[rows] = np.where(better, top.values.double().numpy(), best[rows])
             best_at[rows] = np.where(better, start + top.indices.numpy() + 1, best_at[rows])
             # arrivals only grow, so no candidate of this chunk is accepted below the threshold at its beginning
-            bar = [law.threshold(b, math.log(time[b])) if time[b] > 0 else -np.inf for b in rows]
+            bar = [law.threshold(b, math.log(time[b])) if time[b] > 0 else -np.inf for b in rows.tolist()]
             at, column = torch.nonzero((score >= torch.tensor(bar)[None, :]).T, as_tuple=True)[::-1]
             passed = self._first_arrivals(law, score, at.numpy(), column.numpy(), rows, time, start, stop, rng)
             for b, (k, value) in passed.items():
