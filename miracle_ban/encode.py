@@ -8,7 +8,6 @@ round, so an interrupted packaging resumes. Leans on `train`, `plan`, `blocks`, 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 import warnings
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from . import checkpoint as checkpoints
 from . import coders
 from .bits import NATS_PER_BIT, parse_bytes
 from .blocks import layout
@@ -33,7 +33,7 @@ from .gaussian import Blocks
 from .layers import Posterior, posteriors
 from .objective import Steering
 from .plan import carries_names, freeze_priors, kl_bits_by_tensor, num_blocks, predicted_index_bits, side_bits, skeleton
-from .train import BLOCK_BITS, Feed, FitReport, Loss, Session, fit, index_budget_bits, make_optimizer, seeded, train_step
+from .train import BLOCK_BITS, Feed, Loss, Session, fit, index_budget_bits, make_optimizer, seeded, train_step
 
 _OVERHEAD_SLOPE = -0.25  # bits of overhead for each bit of KL that a block has more than the others: measured with GPRS
 _GAIN = 0.006  # of steering beta, at most, a step
@@ -115,10 +115,15 @@ def encode(
         raise CodingError(f"seed must be from 0 to 2^64 - 1, not {seed}")
     coder = coder.for_blocks(block_bits)
     _check_finite(model)
-    codes = freeze_priors(model)
-    archive = skeleton(model, coder=coder, seed=seed, names=carries_names(names, model, budget_bits), codes=codes)
+    with_names = carries_names(names, model, budget_bits)
+    settings = {"seed": seed, "coder": coder.name, "budget_bytes": budget_bytes, "block_bits": block_bits, "names": with_names}
+    saved = checkpoints.read(Path(checkpoint), stage="encode", expected=settings) if checkpoint is not None else None
+    if saved is not None:
+        checkpoints.restore_posteriors(model, saved["posteriors"])
+    codes = freeze_priors(model) if saved is None else {name: v.numpy() for name, v in saved["codes"].items()}
+    archive = skeleton(model, coder=coder, seed=seed, names=with_names, codes=codes)
     side = side_bits(archive)
-    state = State(_divide(model, archive, seed, block_bits), Steering(session.beta if session else 1.0, gain=_GAIN), block_bits)
+    state = State(_divide(model, archive, seed, block_bits, saved), Steering(session.beta if session else 1.0, gain=_GAIN), block_bits)
     feed = None
     if batches is not None and loss is not None and refine_steps > 0:
         feed = Feed(batches, next(model.parameters()).device, num_examples)
@@ -127,15 +132,16 @@ def encode(
         # the last round cannot be corrected: keep back what its codewords may vary by
         last_round = sum(len(t.index) for t in state.tensors) / (rounds if feed is not None else 1)
         goal = index_budget_bits(budget_bytes, side) - 5.0 * math.sqrt(last_round)
-        _check_affordable(model, state, coder, goal, side)
+        if saved is None:
+            _check_affordable(model, state, coder, goal, side)
     total = sum(len(t.index) for t in state.tensors)
     optimizer = make_optimizer(model, learning_rate)
     rounds = max(1, min(rounds, total)) if feed is not None else 1
     device = next(model.parameters()).device
     model.train()
     with seeded(seed, device), tqdm(total=total, disable=not progress, file=sys.stderr, desc="encode", unit="block") as bar:
-        if checkpoint is not None and Path(checkpoint).exists():
-            _resume(Path(checkpoint), model, optimizer, state, seed, coder)
+        if saved is not None:
+            _resume(saved, optimizer, state)
         codebook = Codebook(seed)
         while _num_coded(state) < total:
             _code_round(state, coder, seed, codebook, -(-(total - _num_coded(state)) // max(rounds - state.round, 1)))
@@ -147,7 +153,8 @@ def encode(
                 state.history.append({"coded": _num_coded(state), "loss": value, "beta": state.steering.beta, "spent_bits": spent})
                 bar.set_postfix_str(f"loss {value:.4f}, beta {state.steering.beta:.3g}, {(side + spent) / 8:,.0f} bytes so far")
             if checkpoint is not None:
-                _write_checkpoint(Path(checkpoint), model, optimizer, state, seed, coder)
+                content = {"stage": "encode", "settings": settings, "codes": {n: torch.from_numpy(c) for n, c in codes.items()}}
+                checkpoints.write(Path(checkpoint), {**content, **_progress(model, optimizer, state)})
             bar.update(_num_coded(state) - bar.n)
     for t in state.tensors:
         archive.records[t.number].index = t.index
@@ -171,6 +178,7 @@ def compress(
     seed: int = 0,
     where: Callable[[str, nn.Module], bool] | None = None,
     per_unit: bool = False,
+    checkpoint: str | Path | None = None,
     fit_options: dict[str, Any] | None = None,
     encode_options: dict[str, Any] | None = None,
     progress: bool = True,
@@ -185,6 +193,7 @@ def compress(
         epochs: passes over `batches` in `fit`.
         coder, seed: as in `encode`.
         where, per_unit: as in `convert`.
+        checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit" and "<checkpoint>.encode".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
         progress: show progress bars on stderr.
 
@@ -200,11 +209,13 @@ def compress(
     if batches is None or loss is None:
         raise CodingError("compress() needs batches and a loss to train with: compress(net, loader, F.cross_entropy, budget=...)")
     model = convert(net, where=where, per_unit=per_unit)
-    report: FitReport = fit(
-        model, batches, loss, budget=budget, epochs=epochs, coder=coder, seed=seed, progress=progress, **(fit_options or {})
-    )
-    archive = encode(model, batches, loss, coder=coder, seed=seed, progress=progress, **(encode_options or {}))
+    stage = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("fit", "encode")}
+    common: dict[str, Any] = {"coder": coder, "seed": seed, "progress": progress}
+    report = fit(model, batches, loss, budget=budget, epochs=epochs, checkpoint=stage["fit"], **common, **(fit_options or {}))
+    archive = encode(model, batches, loss, checkpoint=stage["encode"], **common, **(encode_options or {}))
     archive.info["fit"] = report.as_dict()
+    if stage["fit"] is not None:
+        stage["fit"].unlink(missing_ok=True)
     return archive
 
 
@@ -226,17 +237,21 @@ def _check_affordable(model: nn.Module, state: State, coder: coders.Coder, goal:
         )
 
 
-def _divide(model: nn.Module, archive: Archive, seed: int, block_bits: float) -> list[TensorBlocks]:
-    """Partition every coded tensor into blocks."""
-    held, result = posteriors(model), []
+def _divide(model: nn.Module, archive: Archive, seed: int, block_bits: float, saved: dict[str, Any] | None) -> list[TensorBlocks]:
+    """Partition every coded tensor into blocks; those of a resumed packaging as they were."""
+    held = posteriors(model)
+    result: list[TensorBlocks] = []
     for number, record in enumerate(archive.records):
         if record.kind != "coded":
             continue
         p = held[str(record.name)]
-        free = torch.nonzero(~p.fixed.flatten().cpu()).squeeze(1).numpy()
-        with torch.no_grad():
-            kl_bits = float(p.kl()) / NATS_PER_BIT
-        blocks = num_blocks(kl_bits, len(free), block_bits)
+        units = np.repeat(record.prior_codes > 0, p.mean.numel() // len(record.prior_codes))
+        free = np.flatnonzero(units)
+        if saved is not None:
+            blocks = len(saved["tensors"][len(result)]["index"])
+        else:
+            with torch.no_grad():
+                blocks = num_blocks(float(p.kl()) / NATS_PER_BIT, len(free), block_bits)
         place = layout(seed, number, len(free), blocks)
         place = np.where(place >= 0, free[place] if len(free) else place, -1)
         zeros = np.zeros(blocks)
@@ -362,29 +377,23 @@ def _account(state: State, archive: Archive, size: int, seconds: float) -> dict[
     }
 
 
-def _write_checkpoint(path: Path, model: nn.Module, optimizer, state: State, seed: int, coder: coders.Coder) -> None:
-    arrays = [{k: torch.from_numpy(getattr(t, k)) for k in ("index", "coded", "kl_bits", "log2_ratio")} for t in state.tensors]
-    content = {
-        "seed": seed, "coder": coder.name, "round": state.round, "beta": state.steering.beta, "history": state.history,
-        "tensors": arrays, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": torch.get_rng_state(),
+_KEPT = ("index", "coded", "kl_bits", "log2_ratio")
+
+
+def _progress(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> dict[str, Any]:
+    """What a resumed packaging needs, besides its settings."""
+    return {
+        "round": state.round, "beta": state.steering.beta, "history": state.history, "posteriors": checkpoints.posterior_state(model),
+        "tensors": [{k: torch.from_numpy(getattr(t, k).copy()) for k in _KEPT} for t in state.tensors],
+        "optimizer": optimizer.state_dict(), "generator": torch.get_rng_state(),
     }  # fmt: skip
-    temporary = path.with_name(f".{path.name}.part")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
 
 
-def _resume(path: Path, model: nn.Module, optimizer, state: State, seed: int, coder: coders.Coder) -> None:
-    try:
-        content = torch.load(path, weights_only=True)
-    except Exception as error:
-        raise CodingError(f"cannot read the checkpoint {path}: {error}; delete it to begin again") from None
-    same = content.get("seed") == seed and content.get("coder") == coder.name and len(content.get("tensors", [])) == len(state.tensors)
-    if not same or any(len(a["index"]) != len(t.index) for a, t in zip(content["tensors"], state.tensors, strict=True)):
-        raise CodingError(f"the checkpoint {path} belongs to another model, seed or coder: delete it, or give the same arguments again")
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["generator"])
-    for arrays, t in zip(content["tensors"], state.tensors, strict=True):
-        for key, value in arrays.items():
-            setattr(t, key, value.numpy())
-    state.round, state.steering.beta, state.history = content["round"], content["beta"], content["history"]
+def _resume(saved: dict[str, Any], optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Go on from what `_progress` gave; the posteriors are in place already."""
+    for arrays, t in zip(saved["tensors"], state.tensors, strict=True):
+        for key in _KEPT:
+            setattr(t, key, arrays[key].numpy())
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["generator"])
+    state.round, state.steering.beta, state.history = saved["round"], saved["beta"], saved["history"]

@@ -93,20 +93,49 @@ class Stretch:
         return np.stack(rows)
 
 
-def stretch(blocks: Blocks) -> Stretch:
-    """Tabulate the stretch function of each block from the law of its log density ratio under Q."""
+def _law(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Grid of log density ratios `[blocks, grid]`, ascending and evenly spaced, and ln Q[l >= level] on it."""
     kl, sd = blocks.kl_nats(), blocks.std_log_ratio().clamp_min(1e-6)
     low = torch.minimum(kl - 14.0 * sd, torch.full_like(kl, -8.0))
     high = torch.minimum(blocks.max_log_ratio(), kl + 11.0 * sd)
     level = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, _GRID, dtype=torch.float64)
-    log_tail = _log_tail(blocks, level)
-    step = (high - low)[:, None] / (_GRID - 1)
+    return level, _log_tail(blocks, level)
+
+
+def log_ratio_quantiles(blocks: Blocks, probability: np.ndarray) -> np.ndarray:
+    """Quantiles of the log density ratio under Q, nats, `[blocks, len(probability)]`."""
+    level, log_tail = _law(blocks)
+    below = 1.0 - log_tail.exp().numpy()
+    return np.stack([np.interp(probability, b, v) for b, v in zip(below, level.numpy(), strict=True)])
+
+
+def super_level(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """The level h of which the prior's mean log ratio above it is the posterior's own, E_P[l | l >= h] = KL.
+
+    Returns:
+        h in nats and ln P[l >= h], both `[blocks]`.
+    """
+    level, log_tail = _law(blocks)
+    tail = log_tail.exp()
+    middle = 0.5 * (level[:, 1:] + level[:, :-1])
+    cell = (tail[:, :-1] - tail[:, 1:]).clamp_min(0.0) * (-middle).exp()  # prior mass of a cell: dP = exp(-l) dQ
+    cell[:, -1] += tail[:, -1] * (-level[:, -1]).exp()
+    mass = cell.flip(1).cumsum(1).flip(1)
+    mean = (cell * middle).flip(1).cumsum(1).flip(1) / mass.clamp_min(1e-300)
+    at = (mean < blocks.kl_nats()[:, None]).sum(1, keepdim=True).clamp_max(mean.shape[1] - 1)
+    return level.gather(1, at)[:, 0].numpy(), mass.gather(1, at)[:, 0].clamp(1e-300, 1.0).log().numpy()
+
+
+def stretch(blocks: Blocks) -> Stretch:
+    """Tabulate the stretch function of each block from the law of its log density ratio under Q."""
+    level, log_tail = _law(blocks)
+    step = level[:, 1:2] - level[:, :1]
     tail = log_tail.exp()
     decay = (-step[:, 0]).exp()
     whole = -torch.expm1(-step[:, 0])  # weights of W linear within a cell, against exp(-x)
     slope = (whole - step[:, 0] * decay) / step[:, 0]
     survival = torch.zeros_like(level)
-    after = torch.zeros_like(kl)
+    after = torch.zeros_like(decay)
     for j in range(_GRID - 2, -1, -1):
         after = tail[:, j] * whole + (tail[:, j + 1] - tail[:, j]) * slope + decay * after
         survival[:, j] = after

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import checkpoint as checkpoints
 from . import coders
 from .bits import NATS_PER_BIT, parse_bytes
 from .convert import conversion, drop_units
@@ -33,6 +34,7 @@ LOG_STD_RATE = 5.0  # learning rate of log_std over that of the means
 BLOCK_BITS = 14.0  # KL of one block
 FIRST_BETA = 0.02  # low: the KL is to come down slowly, from above
 LARGEST_START = 8.0  # the descent begins at most at this many times the budget
+SLOW_GAIN = 0.02  # largest relative change of beta a step
 LOG_EVERY = 20  # steps
 SILENT_BITS = 3.0  # KL of all weights into, or out of, a hidden unit, under which it is dropped
 
@@ -186,6 +188,7 @@ def fit(
     names: bool | None = None,
     num_examples: int | None = None,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
     callback: Callable[[dict[str, float]], None] | None = None,
 ) -> FitReport:
@@ -206,6 +209,7 @@ def fit(
         names: whether the file will carry names and shapes; default if larger than 10 kB.
         num_examples: N; default the length of the data set.
         seed: for torch's generator; draws and shuffling follow from it.
+        checkpoint: file that keeps the state after every epoch; if it exists, training resumes from it, or is over.
         progress: show a progress bar on stderr.
         callback: called with each row of the history.
 
@@ -223,20 +227,31 @@ def fit(
     feed = Feed(batches, device, num_examples)
     budget_bytes = None if budget is None else parse_bytes(budget)
     per_epoch = feed.batches_per_epoch
+    settings = {
+        "seed": seed, "budget_bytes": budget_bytes, "epochs": epochs, "learning_rate": learning_rate, "coder": coder.name,
+        "block_bits": block_bits, "num_examples": feed.num_examples, "tensors": list(posteriors(model)),
+    }  # fmt: skip
+    saved = checkpoints.read(Path(checkpoint), stage="fit", expected=settings) if checkpoint is not None else None
     model.train()
     with seeded(seed, device):
-        if budget_bytes is not None and narrow and links:
+        if saved is not None:
+            checkpoints.restore_posteriors(model, saved["posteriors"])
+        elif budget_bytes is not None and narrow and links:
             target = weights_per_bit * 8 * budget_bytes
             _narrow(model, feed, loss, target, max(1, round(narrow_epochs * per_epoch)), learning_rate / 4, progress)
         with_names = carries_names(names, model, None if budget_bytes is None else 8.0 * budget_bytes)
         side = side_bits(skeleton(model, coder=coder, seed=0, names=with_names))
         goal = None if budget_bytes is None else index_budget_bits(budget_bytes, side)
-        forecast = _Forecast(model, coder, block_bits)
-        steering = Steering(beta if goal is None else FIRST_BETA)
         report = FitReport(budget_bytes, feed.num_examples, steps=max(1, round(epochs * per_epoch)))
-        optimizer = make_optimizer(model, learning_rate)
-        bar = tqdm(total=report.steps, disable=not progress, file=sys.stderr, desc="fit", unit="step")
-        for row in _descend(model, feed, loss, optimizer, steering, forecast, goal, report.steps, narrow):
+        gain = max(SLOW_GAIN, 30.0 / report.steps)  # a short run must be able to cross four decades of beta, too
+        steering = Steering(beta if goal is None else FIRST_BETA, gain=gain)
+        course = _Course(model, feed, loss, coder, block_bits, steering, learning_rate, goal, report.steps, drop=narrow)
+        if saved is not None:
+            course.restore(saved["course"])
+            report.history, started = saved["history"], started - saved["seconds"]
+        bar = tqdm(total=report.steps, initial=course.step, disable=not progress, file=sys.stderr, desc="fit", unit="step")
+        while course.step < report.steps:
+            row = course.advance()
             bar.update()
             if row["step"] % LOG_EVERY == 0 or row["step"] == report.steps - 1:
                 row["predicted_bytes"] = (side + row.pop("predicted_bits")) / 8
@@ -244,11 +259,17 @@ def fit(
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, beta {row['beta']:.3g}, {row['predicted_bytes']:,.0f} bytes")
                 if callback is not None:
                     callback(row)
+            if checkpoint is not None and (course.step % per_epoch == 0 or course.step == report.steps):
+                content = {"stage": "fit", "settings": settings, "posteriors": checkpoints.posterior_state(model)}
+                checkpoints.write(
+                    Path(checkpoint),
+                    {**content, "course": course.state(), "history": report.history, "seconds": time.monotonic() - started},
+                )
         bar.close()
     held = posteriors(model)
     report.kl_bits_by_tensor = kl_bits_by_tensor(model)
     report.kl_bits = sum(report.kl_bits_by_tensor.values())
-    report.predicted_bytes = (side + forecast.refresh()) / 8
+    report.predicted_bytes = (side + course.forecast()) / 8
     report.beta, report.seconds = steering.beta, time.monotonic() - started
     report.live_weights = sum(p.mean.numel() for p in held.values())
     report.widths = {k.producer: held[f"{k.producer}.weight"].kept[0] for k in links}
@@ -256,62 +277,76 @@ def fit(
     return report
 
 
-def _descend(
-    model: nn.Module,
-    feed: Feed,
-    loss: Loss,
-    optimizer: torch.optim.Optimizer,
-    steering: Steering,
-    forecast: _Forecast,
-    goal: float | None,
-    steps: int,
-    narrow: bool,
-) -> Iterator[dict[str, float]]:
-    """The loop of `fit`: one row for every step."""
-    rates = [g["lr"] for g in optimizer.param_groups]
-    warm_up = min(0.1, 200 / steps + 0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=warm_up)
-    first = forecast.refresh()
-    running = None
-    for step in range(steps):
-        value, kl_nats = train_step(model, feed.next(), loss, optimizer, beta=steering.beta, num_examples=feed.num_examples)
-        schedule.step()
-        running = value if running is None else 0.98 * running + 0.02 * value
-        if step % LOG_EVERY == 0:
-            forecast.refresh()
-        predicted = forecast.bits(kl_nats)
-        if goal is not None:
-            steering.update(predicted, _target(step / steps, min(first, LARGEST_START * goal), goal))
-            if narrow and (step + 1) % max(1, steps // 10) == 0 and step >= 0.3 * steps:
-                _drop_silent_units(model, optimizer)
-        yield {
-            "step": step,
-            "loss": running,
-            "beta": steering.beta,
-            "kl_bits": kl_nats / NATS_PER_BIT,
-            "predicted_bits": predicted,
-            "learning_rate": optimizer.param_groups[0]["lr"],
-        }
+class _Course:
+    """The loop of `fit`, one step at a time: schedule of the learning rate, descent of the size, steering of beta."""
 
-
-class _Forecast:
-    """Predicted bits of all codewords: computed in full now and then, in between in proportion to the KL."""
-
-    def __init__(self, model: nn.Module, coder: coders.Coder, block_bits: float):
-        self.model, self.coder, self.block_bits = model, coder, block_bits
+    def __init__(
+        self,
+        model: nn.Module,
+        feed: Feed,
+        loss: Loss,
+        coder: coders.Coder,
+        block_bits: float,
+        steering: Steering,
+        learning_rate: float,
+        goal: float | None,
+        steps: int,
+        *,
+        drop: bool,
+    ):
+        self.model, self.feed, self.loss, self.coder, self.block_bits = model, feed, loss, coder, block_bits
+        self.steering, self.goal, self.steps, self.drop = steering, goal, steps, drop
+        self.optimizer = make_optimizer(model, learning_rate)
+        rates = [g["lr"] for g in self.optimizer.param_groups]
+        warm_up = min(0.1, 200 / steps + 0.02)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rates, total_steps=steps + 1, pct_start=warm_up)
+        self.step = 0
+        self.running = 0.0  # mean loss of the latest steps
         self.bits_per_nat = 1.0 / NATS_PER_BIT
+        self.first = self.forecast()
 
-    def refresh(self) -> float:
-        """Compute in full; bits."""
+    def forecast(self) -> float:
+        """Predicted bits of all codewords; in between, the prediction follows the KL in proportion."""
         counts = {name: p.mean.numel() for name, p in posteriors(self.model).items()}
         kl_bits = kl_bits_by_tensor(self.model)
         predicted = predicted_index_bits(kl_bits, counts, self.coder, self.block_bits)
         self.bits_per_nat = predicted / max(sum(kl_bits.values()) * NATS_PER_BIT, 1e-9)
         return predicted
 
-    def bits(self, kl_nats: float) -> float:
-        """Bits for that much KL."""
-        return self.bits_per_nat * kl_nats
+    def advance(self) -> dict[str, float]:
+        """One step; returns its row of the history, `predicted_bits` being those of the codewords."""
+        step, beta = self.step, self.steering.beta
+        value, kl_nats = train_step(self.model, self.feed.next(), self.loss, self.optimizer, beta=beta, num_examples=self.feed.num_examples)
+        self.schedule.step()
+        self.running = value if step == 0 else 0.98 * self.running + 0.02 * value
+        if step % LOG_EVERY == 0:
+            self.forecast()
+        predicted = self.bits_per_nat * kl_nats
+        if self.goal is not None:
+            self.steering.update(predicted, _target(step / self.steps, min(self.first, LARGEST_START * self.goal), self.goal))
+            if self.drop and (step + 1) % max(1, self.steps // 10) == 0 and step >= 0.3 * self.steps:
+                _drop_silent_units(self.model, self.optimizer)
+        self.step += 1
+        return {
+            "step": step, "loss": self.running, "beta": self.steering.beta, "kl_bits": kl_nats / NATS_PER_BIT, "predicted_bits": predicted,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the posteriors; at the end of an epoch, where the feed begins a new pass."""
+        self.feed.restart()
+        return {
+            "step": self.step, "running": self.running, "bits_per_nat": self.bits_per_nat, "first": self.first, "beta": self.steering.beta,
+            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "generator": torch.get_rng_state(),
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.step, self.running, self.bits_per_nat = state["step"], state["running"], state["bits_per_nat"]
+        self.first, self.steering.beta = state["first"], state["beta"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["generator"])
 
 
 @contextlib.contextmanager

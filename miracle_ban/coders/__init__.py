@@ -7,19 +7,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..container import CODERS
 from ..errors import MismatchError
 from .base import Coder, Codewords
 from .gprs import GreedyPoisson
 from .minimal_random import MinimalRandom
+from .race import AStar, OrderedRandom
+from .rejection import Rejection
 
-__all__ = ["IDS", "Coder", "Codewords", "GreedyPoisson", "MinimalRandom", "get"]
+__all__ = ["IDS", "AStar", "Coder", "Codewords", "GreedyPoisson", "MinimalRandom", "OrderedRandom", "Rejection", "get"]
 
-IDS = {"gprs": 0, "minimal-random": 1}
-_CLASSES: dict[str, type[Coder]] = {"gprs": GreedyPoisson, "minimal-random": MinimalRandom}
+_CLASSES: dict[str, type[Coder]] = {c.name: c for c in (GreedyPoisson, MinimalRandom, Rejection, OrderedRandom, AStar)}
+IDS = {name: CODERS.index(name) for name in _CLASSES}
 
 
 def get(name: str, **options: Any) -> Coder:
-    """The coder called `name` ("gprs", "minimal-random"), with its own options.
+    """The coder called `name`: "gprs", "minimal-random", "rejection", "ordered-random" or "a-star".
+
+    Args:
+        name: see above.
+        options: the coder's own, such as `extra_bits`; see its class.
 
     Raises:
         MismatchError: no coder has that name, or it has no such option.
