@@ -23,17 +23,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import plots
+from .bits import parse_bytes
+from .container import Archive
 from .convert import convert
 from .decode import load, save
 from .encode import encode
 from .errors import MiracleError
 from .layers import posteriors
-from .train import fit
+from .train import FitReport, fit
 
 NUM_TRAIN, NUM_TEST = 12_000, 5_000
-DATA_SEED = 20_241
+TRAIN_SEED, TEST_SEED = 1, 2  # of the images: all runs of the demo see the same ones
+BUDGET = "2 kB"
 BATCH = 100
-BUDGET = "3 kB"
+FLOAT_EPOCHS, FLOAT_RATE = 4, 2e-3
+FIT: dict[str, Any] = {"epochs": 10, "narrow_epochs": 1.0}
+ENCODE: dict[str, Any] = {"rounds": 30, "refine_steps": 20}
+INPUT_MEAN, INPUT_STD = 0.16, 0.27
 SIDE = 28
 _POINTS = 112  # drawn along the strokes of a digit
 
@@ -80,15 +87,15 @@ def _glyphs() -> list[list[list[Stroke]]]:
             [[(0.2, -0.95), (-0.15, 0.95)]],
         ],
         [
-            [_arc(0, -0.42, 0.52, 0.5, -170, 30) + [(-0.5, 0.9), (0.6, 0.9)]],
-            [_arc(0, -0.42, 0.5, 0.5, -160, 50) + [(-0.35, 0.7)] + _arc(-0.3, 0.72, 0.2, 0.17, 180, -30) + [(0.6, 0.85)]],
+            [[*_arc(0, -0.42, 0.52, 0.5, -170, 30), (-0.5, 0.9), (0.6, 0.9)]],
+            [[*_arc(0, -0.42, 0.5, 0.5, -160, 50), (-0.35, 0.7), *_arc(-0.3, 0.72, 0.2, 0.17, 180, -30), (0.6, 0.85)]],
             [[(-0.5, -0.85), (0.35, -0.85), (0.45, -0.5), (-0.5, 0.9), (0.55, 0.9)]],
-            [_arc(-0.05, -0.45, 0.55, 0.45, -150, 60) + [(-0.55, 0.8), (0, 0.72), (0.6, 0.9)]],
+            [[*_arc(-0.05, -0.45, 0.55, 0.45, -150, 60), (-0.55, 0.8), (0, 0.72), (0.6, 0.9)]],
         ],
         [
             [_arc(-0.05, -0.46, 0.5, 0.46, -150, 90) + _arc(-0.05, 0.46, 0.58, 0.48, -90, 150)],
             [[(-0.5, -0.9), (0.45, -0.9), (-0.05, -0.2), *_arc(-0.05, 0.36, 0.55, 0.55, -90, 150)]],
-            [_arc(-0.1, -0.5, 0.45, 0.4, -130, 70) + [(-0.2, -0.08)] + _arc(-0.1, 0.4, 0.6, 0.5, -80, 130)],
+            [[*_arc(-0.1, -0.5, 0.45, 0.4, -130, 70), (-0.2, -0.08), *_arc(-0.1, 0.4, 0.6, 0.5, -80, 130)]],
         ],
         [
             [[(-0.3, -0.9), (-0.5, 0.2), (0.55, 0.2)], [(0.3, -0.6), (0.3, 0.95)]],
@@ -119,7 +126,7 @@ def _glyphs() -> list[list[list[Stroke]]]:
             [_arc(0, -0.45, 0.5, 0.42, 90, 450), _arc(0, 0.5, 0.46, 0.45, -90, 270)],
         ],
         [
-            [_arc(0, -0.42, 0.48, 0.5, 0, -360) + [(0.4, 0.95)]],
+            [[*_arc(0, -0.42, 0.48, 0.5, 0, -360), (0.4, 0.95)]],
             [_arc(0, -0.42, 0.5, 0.48, -20, -380) + _arc(-0.2, 0.0, 0.68, 0.92, -10, 120)],
             [[(0.4, -0.6), *_arc(-0.02, -0.45, 0.44, 0.42, -30, -340), (0.42, -0.5), (0.2, 0.95)]],
         ],
@@ -211,3 +218,173 @@ def _strays(count: int, rng: np.random.Generator) -> np.ndarray:
     start = rng.uniform(1, SIDE - 2, (count, 1, 2))
     step = rng.normal(0.0, 3.5, (count, 1, 2))
     return start + step * np.linspace(0, 1, 12)[None, :, None]
+
+
+class _Batches:
+    """Shuffled batches of images in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor):
+        self.images, self.labels, self.num_examples = images, labels, len(labels)
+
+    def __len__(self) -> int:
+        return self.num_examples // BATCH
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in torch.randperm(self.num_examples)[: len(self) * BATCH].split(BATCH):
+            yield self.images[rows], self.labels[rows]
+
+
+class _Clock:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.stages: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.stages[name] = round(time.monotonic() - started, 2)
+
+    @property
+    def total(self) -> float:
+        return round(time.monotonic() - self.started, 2)
+
+
+def _data(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    images, labels = digits(count, seed=seed)
+    return (images - INPUT_MEAN) / INPUT_STD, labels
+
+
+def _train_float(batches: _Batches, seed: int, progress: bool) -> LeNet5:
+    """The ordinary network that the demo begins with."""
+    torch.manual_seed(seed)
+    net = LeNet5()
+    optimizer = torch.optim.AdamW(net.parameters(), FLOAT_RATE)
+    steps = FLOAT_EPOCHS * len(batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, FLOAT_RATE, total_steps=steps + 1)
+    with tqdm(total=steps, disable=not progress, file=sys.stderr, desc="train", unit="step") as bar:
+        for _ in range(FLOAT_EPOCHS):
+            for x, y in batches:
+                optimizer.zero_grad()
+                value = F.cross_entropy(net(x), y)
+                value.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+            bar.set_postfix_str(f"loss {float(value.detach()):.4f}")
+    return net
+
+
+@torch.no_grad()
+def _error_percent(net: nn.Module, images: Tensor, labels: Tensor) -> float:
+    net.eval()
+    wrong = sum(int((net(x).argmax(1) != y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True))
+    return round(100.0 * wrong / len(labels), 3)
+
+
+def weights_sha256(weights: dict[str, Tensor]) -> str:
+    """SHA-256 over the bytes of all weights, in the order of the state dict."""
+    digest = hashlib.sha256()
+    for t in weights.values():
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check(path: str | Path) -> dict[str, Any]:
+    """Decode a file of the demo into a new LeNet-5.
+
+    Args:
+        path: the `.mban` file.
+
+    Returns:
+        `error` on the demo's test images, percent, and `sha256_weights`.
+
+    Raises:
+        MiracleError: the file cannot be read or is no LeNet-5.
+    """
+    net = load(path, LeNet5())
+    return {"error": _error_percent(net, *_data(NUM_TEST, TEST_SEED)), "sha256_weights": weights_sha256(net.state_dict())}
+
+
+def _check_in_fresh_process(path: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "miracle_ban", "demo", "--json", "--check", str(path.resolve())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise MiracleError(f"the fresh process could not decode {path}: {last[0]}")
+    return json.loads(done.stdout)
+
+
+def _compress(net: LeNet5, batches: _Batches, seed: int, clock: _Clock, progress: bool) -> tuple[Archive, FitReport, LeNet5]:
+    """The archive, the report of its training, and the network as the encoder has it: never decoded, only coded."""
+    bayesian = convert(net)
+    with clock.stage("fit"):
+        report = fit(bayesian, batches, F.cross_entropy, budget=BUDGET, seed=seed, progress=progress, **FIT)
+    with clock.stage("encode"):
+        archive = encode(bayesian, batches, F.cross_entropy, seed=seed, progress=progress, **ENCODE)
+    coded = LeNet5()
+    coded.load_state_dict({name: p.expand(p.value) for name, p in posteriors(bayesian).items()})
+    return archive, report, coded
+
+
+def run(folder: str | Path, *, seed: int = 0, progress: bool = True) -> dict[str, Any]:
+    """The whole demo.
+
+    Args:
+        folder: takes `demo.mban` and, if matplotlib is installed, `demo.png`; made if it is not there.
+        seed: of both trainings and of the file's randomness. The images are always the same.
+        progress: show progress bars on stderr.
+
+    Returns:
+        Plain numbers and strings: `float_bytes`, `file_bytes`, `ratio`, `float_error` and `decoded_error` in percent,
+        `seconds` in total and in `stages`, `sha256_weights`, the paths `file` and `picture` (None without matplotlib).
+
+    Raises:
+        MiracleError: a file cannot be written, or the fresh process decoded something else than was coded.
+    """
+    clock, folder = _Clock(), Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MiracleError(f"cannot make the folder {folder}: {error.strerror or error}") from None
+    with clock.stage("draw digits"):
+        batches = _Batches(*_data(NUM_TRAIN, TRAIN_SEED))
+        test = _data(NUM_TEST, TEST_SEED)
+    with clock.stage("train"):
+        net = _train_float(batches, seed, progress)
+    float_error = _error_percent(net, *test)
+    archive, report, coded = _compress(net, batches, seed, clock, progress)
+    size = save(archive, folder / "demo.mban")
+    expected = {"error": _error_percent(coded, *test), "sha256_weights": weights_sha256(coded.state_dict())}
+    with clock.stage("decode and test in a fresh process"):
+        found = _check_in_fresh_process(folder / "demo.mban")
+    if found != expected:
+        raise MiracleError(f"a fresh process decoded another network: {found}, the encoder has {expected}")
+    float_bytes = sum(t.numel() * t.element_size() for t in net.state_dict().values())
+    result = {
+        "float_bytes": float_bytes, "file_bytes": size, "ratio": round(float_bytes / size, 1), "float_error": float_error,
+        "decoded_error": found["error"], "seconds": 0.0, "stages": clock.stages, "seed": seed, "budget_bytes": parse_bytes(BUDGET),
+        "widths": report.widths, "sha256_weights": found["sha256_weights"], "file": str(folder / "demo.mban"), "picture": None,
+    }  # fmt: skip
+    if plots.available():
+        with clock.stage("picture"):
+            result["picture"] = _draw(folder / "demo.png", test, result, report, archive)
+    result["seconds"] = clock.total
+    return result
+
+
+def _draw(path: Path, test: tuple[Tensor, Tensor], result: dict[str, Any], report: FitReport, archive: Archive) -> str:
+    images = (test[0][:400, 0] * INPUT_STD + INPUT_MEAN).numpy()
+    records = [r for r in archive.records if r.kind == "coded"]
+    picture = plots.plot_demo(
+        images=images,
+        labels=test[1][:400].numpy(),
+        result=result,
+        history=report.history,
+        names=[str(r.name) for r in records],
+        bits=[r.bits for r in records],
+    )
+    path.write_bytes(picture)
+    return str(path)

@@ -36,7 +36,7 @@ from .plan import carries_names, freeze_priors, kl_bits_by_tensor, num_blocks, p
 from .train import BLOCK_BITS, Feed, Loss, Session, fit, index_budget_bits, make_optimizer, seeded, train_step
 
 _OVERHEAD_SLOPE = -0.25  # bits of overhead for each bit of KL that a block has more than the others: measured with GPRS
-_GAIN = 0.006  # of steering beta, at most, a step
+_GAIN, _RESPONSE = 0.006, 6.0  # of steering beta (objective.Steering)
 _STEERABLE = 1.3  # refinement can bring predicted bits down by about this much
 
 
@@ -61,6 +61,7 @@ class State:
     steering: Steering
     block_bits: float
     round: int = 0
+    latest: list[tuple[TensorBlocks, np.ndarray]] = field(default_factory=list)  # the blocks of the latest round
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -123,18 +124,20 @@ def encode(
     codes = freeze_priors(model) if saved is None else {name: v.numpy() for name, v in saved["codes"].items()}
     archive = skeleton(model, coder=coder, seed=seed, names=with_names, codes=codes)
     side = side_bits(archive)
-    state = State(_divide(model, archive, seed, block_bits, saved), Steering(session.beta if session else 1.0, gain=_GAIN), block_bits)
+    goal = None if budget_bytes is None else index_budget_bits(budget_bytes, side)
+    if goal is not None and saved is None:
+        block_bits = _affordable_block_bits(model, coder, block_bits, goal)
+    steering = Steering(session.beta if session else 1.0, gain=_GAIN, response=_RESPONSE)
+    state = State(_divide(model, archive, seed, block_bits, saved), steering, block_bits)
     feed = None
     if batches is not None and loss is not None and refine_steps > 0:
         feed = Feed(batches, next(model.parameters()).device, num_examples)
-    goal = None
-    if budget_bytes is not None:
+    total = sum(len(t.index) for t in state.tensors)
+    if goal is not None:
         # the last round cannot be corrected: keep back what its codewords may vary by
-        last_round = sum(len(t.index) for t in state.tensors) / (rounds if feed is not None else 1)
-        goal = index_budget_bits(budget_bytes, side) - 5.0 * math.sqrt(last_round)
+        goal -= 5.0 * math.sqrt(total / (rounds if feed is not None else 1))
         if saved is None:
             _check_affordable(model, state, coder, goal, side)
-    total = sum(len(t.index) for t in state.tensors)
     optimizer = make_optimizer(model, learning_rate)
     rounds = max(1, min(rounds, total)) if feed is not None else 1
     device = next(model.parameters()).device
@@ -144,7 +147,8 @@ def encode(
             _resume(saved, optimizer, state)
         codebook = Codebook(seed)
         while _num_coded(state) < total:
-            _code_round(state, coder, seed, codebook, -(-(total - _num_coded(state)) // max(rounds - state.round, 1)))
+            fitting = coder if goal is None else coder.shortened(_bits_over_per_block(state, coder, goal))
+            _code_round(state, fitting, seed, codebook, -(-(total - _num_coded(state)) // max(rounds - state.round, 1)))
             state.round += 1
             spent = _spent_bits(state, coder)
             if feed is not None and loss is not None and _num_coded(state) < total:
@@ -152,13 +156,16 @@ def encode(
                 value = _refine(model, feed, loss, optimizer, state, coder, refine_steps, None if goal is None else goal - spent)
                 state.history.append({"coded": _num_coded(state), "loss": value, "beta": state.steering.beta, "spent_bits": spent})
                 bar.set_postfix_str(f"loss {value:.4f}, beta {state.steering.beta:.3g}, {(side + spent) / 8:,.0f} bytes so far")
-            if checkpoint is not None:
+            if checkpoint is not None and _num_coded(state) < total:
                 content = {"stage": "encode", "settings": settings, "codes": {n: torch.from_numpy(c) for n, c in codes.items()}}
                 checkpoints.write(Path(checkpoint), {**content, **_progress(model, optimizer, state)})
             bar.update(_num_coded(state) - bar.n)
-    for t in state.tensors:
-        archive.records[t.number].index = t.index
-    size = archive.size_bytes
+    size = _assemble(archive, state)
+    for shortening in np.arange(0.5, 5.1, 0.5):
+        if budget_bytes is None or size <= budget_bytes:
+            break
+        _code_latest_again(state, coder.shortened(float(shortening)), seed, codebook)
+        size = _assemble(archive, state)
     archive.info = _account(state, archive, size, time.monotonic() - started)
     if budget_bytes is not None and size > budget_bytes:
         warnings.warn(f"the file takes {size} bytes, over the budget of {budget_bytes}", MiracleWarning, stacklevel=2)
@@ -225,6 +232,17 @@ def _check_finite(model: nn.Module) -> None:
             raise CodingError(f"the posterior of {name} holds NaN or infinite values: training diverged; lower the learning rate")
 
 
+def _affordable_block_bits(model: nn.Module, coder: coders.Coder, block_bits: float, goal: float) -> float:
+    """With codewords of fixed length: the KL of a block, raised until there are no more blocks than codewords can be paid for."""
+    if coder.fixed_length_bits is None:
+        return block_bits
+    kl_bits = kl_bits_by_tensor(model)
+    counts = {name: p.mean.numel() for name, p in posteriors(model).items()}
+    while block_bits < 1e6 and predicted_index_bits(kl_bits, counts, coder, block_bits) > goal:
+        block_bits *= 1.01
+    return block_bits
+
+
 def _check_affordable(model: nn.Module, state: State, coder: coders.Coder, goal: float, side: float) -> None:
     """Refuse posteriors that are far too rich for the budget before the work is done, not after."""
     expected = predicted_index_bits(
@@ -285,6 +303,7 @@ def _code_round(state: State, coder: coders.Coder, seed: int, codebook: Codebook
             kl_bits = Blocks.of(*_gather(t, rows)).kl_nats().numpy() / NATS_PER_BIT
             waiting.extend((-float(bits), t.number, int(row)) for bits, row in zip(kl_bits, rows, strict=True))
     chosen = sorted(waiting)[:count]
+    state.latest = []
     for t in state.tensors:
         rows = np.array(sorted(row for _, number, row in chosen if number == t.number), np.int64)
         if not len(rows):
@@ -295,6 +314,7 @@ def _code_round(state: State, coder: coders.Coder, seed: int, codebook: Codebook
         inside = t.place[rows] >= 0
         t.posterior.fix(torch.from_numpy(t.place[rows][inside]), torch.from_numpy(values[inside]))
         t.index[rows], t.coded[rows] = words.index, True
+        state.latest.append((t, rows))
         t.kl_bits[rows] = Blocks.of(mean, std, prior).kl_nats().numpy() / NATS_PER_BIT
         t.log2_ratio[rows] = words.log_ratio_nats / NATS_PER_BIT
 
@@ -323,6 +343,31 @@ def _expected_overhead(state: State, coder: coders.Coder, waiting_kl_bits: np.nd
     return float(np.maximum(line[0] + line[1] * (waiting_kl_bits - middle), 0.0).sum())
 
 
+def _code_latest_again(state: State, coder: coders.Coder, seed: int, codebook: Codebook) -> None:
+    """Code the blocks of the latest round once more, with another coder."""
+    count = 0
+    for t, rows in state.latest:
+        inside = t.place[rows] >= 0
+        t.posterior.release(torch.from_numpy(t.place[rows][inside]))
+        t.coded[rows] = False
+        count += len(rows)
+    _code_round(state, coder, seed, codebook, count)
+
+
+def _assemble(archive: Archive, state: State) -> int:
+    """Put the indices into the archive; returns the size of the file, bytes."""
+    for t in state.tensors:
+        archive.records[t.number].index = t.index
+    return archive.size_bytes
+
+
+def _bits_over_per_block(state: State, coder: coders.Coder, goal: float) -> float:
+    """By how much the codewords of the waiting blocks must be shorter than expected, each, for the file to meet its budget."""
+    kl_bits = _waiting_kl_bits(state)
+    expected = kl_bits.sum() + _expected_overhead(state, coder, kl_bits)
+    return (expected - (goal - _spent_bits(state, coder))) / len(kl_bits)
+
+
 def _waiting_kl_bits(state: State) -> np.ndarray:
     """KL of every block not coded yet, bits."""
     rows = [(t, np.flatnonzero(~t.coded)) for t in state.tensors]
@@ -349,12 +394,12 @@ def _refine(
         left_bits = len(kl_bits) * state.block_bits
     else:
         overhead = _expected_overhead(state, coder, kl_bits)
-    total = 0.0
+    total, beta = 0.0, state.steering.beta
     for _ in range(steps):
-        value, kl_nats = train_step(model, feed.next(), loss, optimizer, beta=state.steering.beta, num_examples=feed.num_examples)
+        value, kl_nats = train_step(model, feed.next(), loss, optimizer, beta=beta, num_examples=feed.num_examples)
         total += value
         if left_bits is not None:
-            state.steering.update(kl_nats / NATS_PER_BIT + overhead, max(left_bits, len(kl_bits)))
+            beta = state.steering.update(kl_nats / NATS_PER_BIT + overhead, max(left_bits, len(kl_bits)))
     return total / steps
 
 

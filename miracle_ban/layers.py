@@ -131,6 +131,11 @@ class Posterior(nn.Module):
         self.fixed.view(-1)[flat_positions] = True
 
     @torch.no_grad()
+    def release(self, flat_positions: Tensor) -> None:
+        """Undo `fix`: the weights at `flat_positions` are random again, as their mean and standard deviation say."""
+        self.fixed.view(-1)[flat_positions] = False
+
+    @torch.no_grad()
     def select(self, axis: int, units: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Keep only `units` (indices into the live part) along `axis`; they become the first ones, in that order.
 

@@ -24,6 +24,9 @@ def beta_elbo(loss: Tensor, kl_nats: Tensor, *, beta: float, num_examples: int) 
     return loss + beta * kl_nats / num_examples
 
 
+_LEAD = math.log(8.0)
+
+
 class Steering:
     """Moves log beta so that a quantity (bits, or KL) follows its target: up when above, down when below.
 
@@ -32,20 +35,25 @@ class Steering:
     Args:
         beta: where to start.
         gain: largest relative change of beta a step.
+        response: power of value / target by which the beta that `update` returns leads the slowly moving one (bounded by
+            a factor of 8); it damps the swings that a slow integral makes around its target.
         dead_band: relative error that is left alone.
         bounds: smallest and largest beta.
     """
 
-    def __init__(self, beta: float, *, gain: float = 0.02, dead_band: float = 0.005, bounds: tuple[float, float] = (1e-6, 1e4)):
+    def __init__(
+        self, beta: float, *, gain: float = 0.02, response: float = 0.0, dead_band: float = 0.005, bounds: tuple[float, float] = (1e-6, 1e4)
+    ):
         self.beta = beta
         self.gain = gain
+        self.response = response
         self.dead_band = dead_band
         self.bounds = bounds
 
     def update(self, value: float, target: float) -> float:
-        """One step towards `value == target`; returns the new beta."""
+        """One step towards `value == target`; returns the beta to use."""
         error = math.log(max(value, 1e-9) / max(target, 1e-9))
         if abs(error) > self.dead_band:
             change = self.gain * max(-1.0, min(1.0, 2.0 * error))
             self.beta = min(max(self.beta * math.exp(change), self.bounds[0]), self.bounds[1])
-        return self.beta
+        return self.beta * math.exp(max(-_LEAD, min(_LEAD, self.response * error)))

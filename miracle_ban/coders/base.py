@@ -85,6 +85,10 @@ class Coder(abc.ABC):
         """This coder, with whatever it leaves open settled for blocks of that KL, bits."""
         return self
 
+    def shortened(self, bits: float) -> Coder:
+        """This coder, its codewords on average about `bits` shorter, for blocks that must fit what is left of a budget."""
+        return self
+
     @abc.abstractmethod
     def _encode(self, scorer: Scorer) -> Codewords: ...
 

@@ -6,6 +6,7 @@ within 0.05 bit of the entropy of k, whatever its law.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ from .base import Coder, Codewords, Scorer, chunks
 LARGEST_LOG2_INDEX = 31
 _TYPICAL_OCTAVE_BITS = 3.5  # codeword of an octave in a fitted table
 _ENOUGH_FOR_A_TABLE = 100
+_FEWEST_EXTRA_BITS = -6.0
 
 
 class OctaveCoder(Coder):
@@ -36,6 +38,14 @@ class OctaveCoder(Coder):
         self.extra_bits = extra_bits
         self.max_log2_candidates = min(max_log2_candidates, LARGEST_LOG2_INDEX)
         self.private_seed = private_seed
+
+    def shortened(self, bits: float) -> OctaveCoder:
+        """See `Coder.shortened`: half a bit shorter for each halving of the search, down to 2^(KL - 6) candidates."""
+        if bits <= 0:
+            return self
+        shorter = copy.copy(self)
+        shorter.extra_bits = max(self.extra_bits - 2.0 * bits, min(self.extra_bits, _FEWEST_EXTRA_BITS))
+        return shorter
 
     def _limits(self, kl_nats: np.ndarray) -> np.ndarray:
         """Candidates that are searched for each block."""

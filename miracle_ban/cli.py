@@ -1,0 +1,834 @@
+"""The command line: demo, compress, inspect, verify, decode, compare, plot.
+
+Results go to stdout (one JSON object with `--json`), progress and warnings to stderr. Exit status 0; 1 for a user's or a
+file's fault, with one line that says what is wrong; 2 for usage; 130 when interrupted. Leans on the whole package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import __version__, coders, plots
+from .bits import HuffmanTable, parse_bytes
+from .container import FIXED_LENGTH, FORMAT_VERSION, Archive, Record, live_count, octaves, prior_std, resolve_kept
+from .convert import convert
+from .decode import bind, decode, save
+from .decode import open as open_archive
+from .demo import check, run, weights_sha256
+from .encode import compress
+from .errors import MiracleError, MismatchError
+from .layers import posteriors
+
+Loss = Callable[[Any, Any], Tensor]
+_MODEL_HELP = "package.module:factory, path/to/file.py:factory, or torchvision:NAME; the factory takes no arguments"
+_WRAPPED_KEYS = ("state_dict", "model_state_dict", "model")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: its words; default those of the process.
+
+    Returns:
+        The exit status.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        with _one_line_warnings():
+            result = args.run(args)
+            print(json.dumps(_finite(result), allow_nan=False) if args.json else args.show(result), flush=True)
+        return 0
+    except KeyboardInterrupt:
+        return _complain("interrupted" + _how_to_resume(args), status=130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return 141
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+            return 1
+        return _complain(f"error: {_one_line(error)}", status=1)
+
+
+def _complain(text: str, status: int) -> int:
+    print(f"miracle-ban: {text}", file=sys.stderr)
+    return status
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, MiracleError):
+        return _squeeze(str(error))
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input or output'}: {error.strerror or error}"
+    return f"{type(error).__name__}: {_squeeze(str(error))} (--debug shows the traceback)"
+
+
+def _squeeze(text: str, most: int = 600) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def _how_to_resume(args: argparse.Namespace) -> str:
+    state = getattr(args, "checkpoint", None)
+    written = [] if state is None else [p for p in (Path(f"{state}.fit"), Path(f"{state}.encode")) if p.exists()]
+    return f"; the same command resumes from {written[-1]}" if written else ""
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        kind = "warning" if category.__name__ == "MiracleWarning" else category.__name__
+        print(f"miracle-ban: {kind}: {_squeeze(str(message))}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+def _finite(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON does not have: None in their place."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="miracle-ban", description="Trained networks as very small files.")
+    parser.add_argument("--version", action="version", version=f"miracle-ban {__version__}, file format {FORMAT_VERSION}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_compress, _add_inspect, _add_verify, _add_decode, _add_compare, _add_plot):
+        command = add(commands)
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        command.add_argument("--quiet", action="store_true", help="no progress bars")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, run: Callable, show: Callable) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text[0].lower() + text[1:].rstrip("."), description=text)
+    command.set_defaults(run=run, show=show)
+    return command
+
+
+def _add_demo(commands: Any) -> argparse.ArgumentParser:
+    text = "Draw digits, train LeNet-5 on them, compress it, decode it in a fresh process."
+    command = _command(commands, "demo", text, _demo, _show_demo)
+    command.add_argument("-o", "--output", type=Path, default=Path("miracle-ban-demo"), metavar="FOLDER", help="default %(default)s")
+    command.add_argument("--seed", type=_seed, default=0, help="of training and coding; the digits are always the same")
+    command.add_argument("--check", type=Path, metavar="FILE", help="only decode a file of the demo and test it")
+    return command
+
+
+def _add_compress(commands: Any) -> argparse.ArgumentParser:
+    command = _command(commands, "compress", "Compress a trained network into a .mban file.", _compress, _show_compress)
+    command.add_argument("source", type=Path, metavar="CHECKPOINT", help="trained weights: .safetensors, or a torch file with a state dict")
+    command.add_argument("--model", required=True, metavar="M", help=_MODEL_HELP)
+    data = "package.module:loader or file.py:loader; called, it gives batches of (inputs, targets), or a pair (batches, loss)"
+    command.add_argument("--data", required=True, metavar="D", help=data + "; the loss is cross-entropy by default")
+    command.add_argument("--budget", required=True, metavar="SIZE", help='of the whole file: bytes, "20 kB", "3 MB"')
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mban")
+    command.add_argument("--epochs", type=_positive, default=30.0, help="passes over the data while training (default 30)")
+    command.add_argument("--coder", choices=tuple(coders.IDS), default="gprs", help="default %(default)s")
+    command.add_argument("--seed", type=_seed, default=0, help="of training and of the file's randomness")
+    command.add_argument("--checkpoint", type=Path, metavar="STATE", help="keep the state in STATE.fit, STATE.encode, to resume from")
+    help_names = "store names and shapes, so that the file decodes without the model (default: from 10 kB)"
+    command.add_argument("--names", action=argparse.BooleanOptionalAction, default=None, help=help_names)
+    command.add_argument("--report", type=Path, metavar="REPORT.json", help="write how training and coding went; `plot` draws it")
+    return command
+
+
+def _add_inspect(commands: Any) -> argparse.ArgumentParser:
+    return _on_file(_command(commands, "inspect", "Show what a .mban file holds; decodes nothing.", _inspect, _show_inspect))
+
+
+def _add_verify(commands: Any) -> argparse.ArgumentParser:
+    return _on_file(_command(commands, "verify", "Check a .mban file and decode all of it.", _verify, _show_verify))
+
+
+def _add_decode(commands: Any) -> argparse.ArgumentParser:
+    command = _on_file(_command(commands, "decode", "Decode a .mban file into plain weights.", _decode, _show_decode))
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
+    return command
+
+
+def _add_compare(commands: Any) -> argparse.ArgumentParser:
+    command = _command(commands, "compare", "Compare a .mban file with the weights that it was made from.", _compare, _show_compare)
+    _on_file(command)
+    command.add_argument("source", type=Path, metavar="CHECKPOINT", help="the original weights")
+    return command
+
+
+def _add_plot(commands: Any) -> argparse.ArgumentParser:
+    command = _command(commands, "plot", "Draw .mban files, reports of compress, or result lines.", _plot, _show_plot)
+    command.add_argument("what", type=Path, nargs="+", metavar="WHAT", help="a .mban file, a REPORT.json, or a results .jsonl")
+    command.add_argument("--model", metavar="M", help=f"gives the tensors their names; {_MODEL_HELP}")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.png")
+    return command
+
+
+def _on_file(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument("file", type=Path, metavar="FILE", help="a .mban file")
+    command.add_argument("--model", metavar="M", help=f"for a file without names: {_MODEL_HELP}")
+    return command
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^64 - 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+
+
+# --- what the user names: models, checkpoints, data --------------------------------------------------------------------
+
+
+def load_model(spec: str) -> nn.Module:
+    """The network that `spec` names: `package.module:factory`, `path/to/file.py:factory` or `torchvision:NAME`.
+
+    Raises:
+        MiracleError: it cannot be imported, or gives something else than an `nn.Module`.
+    """
+    source, _, name = spec.rpartition(":")
+    if source == "torchvision":
+        return _torchvision_model(name)
+    model = _call(spec)
+    if not isinstance(model, nn.Module):
+        raise MiracleError(f"{spec} gave {_kind(model)}, not an nn.Module")
+    return model
+
+
+def _torchvision_model(name: str) -> nn.Module:
+    from torchvision.models import get_model, get_model_builder, list_models
+
+    if name not in list_models():
+        raise MiracleError(f"torchvision has no model {name!r}; it has {', '.join(list_models()[:8])} ...")
+    unweighted = [p for p in ("weights", "weights_backbone") if p in inspect.signature(get_model_builder(name)).parameters]
+    return get_model(name, **dict.fromkeys(unweighted))
+
+
+def load_data(spec: str) -> tuple[Iterable, Loss]:
+    """The batches and the loss that `spec` names: `package.module:loader` or `path/to/file.py:loader`.
+
+    Raises:
+        MiracleError: it cannot be imported, or gives something that cannot be iterated.
+    """
+    data = _call(spec)
+    if isinstance(data, (tuple, list)) and len(data) == 2 and callable(data[1]) and not isinstance(data[1], Tensor):
+        batches, loss = data
+    else:
+        batches, loss = data, F.cross_entropy
+    if not isinstance(batches, Iterable):
+        raise MiracleError(f"{spec} gave {_kind(batches)}: batches of (inputs, targets) are needed, or a pair (batches, loss)")
+    return batches, loss
+
+
+@torch.no_grad()
+def try_batch(net: nn.Module, batches: Iterable, loss: Loss, spec: str) -> None:
+    """Put one batch through the network and the loss, so that what does not fit is said before any work.
+
+    Raises:
+        MiracleError: there is no batch, or it does not fit.
+    """
+    if isinstance(batches, Iterator):
+        raise MiracleError(f"{spec} gave an iterator, which can be passed over only once: give a DataLoader or a list")
+    batch = next(iter(batches), None)
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise MiracleError(f"the first batch of {spec} is {_kind(batch)}; each must be a pair (inputs, targets)")
+    training = net.training
+    net.eval()
+    try:
+        value = loss(net(batch[0]), batch[1])
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        raise MiracleError(f"the first batch of {spec} does not go through {type(net).__name__} and the loss: {told}") from error
+    net.train(training)
+    if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value)):
+        raise MiracleError(f"the loss of the first batch of {spec} must be one finite number, not {_squeeze(str(value), 80)}")
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def _call(spec: str) -> Any:
+    """What the thing named by `module:attribute` gives when it is called; a network named so is taken as it is."""
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise MiracleError(f"cannot read {spec!r}: write package.module:name or path/to/file.py:name")
+    found = _import(source)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            own = [n for n, v in getattr(found, "__dict__", {}).items() if getattr(v, "__module__", "") == found.__name__]
+            raise MiracleError(f"{source} has no {name!r}; it defines {', '.join(own[:12]) or 'nothing that can be called'}")
+        found = getattr(found, part)
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise MiracleError(f"{spec} is {_kind(found)}, which cannot be called")
+    try:
+        return found()
+    except Exception as error:
+        raise MiracleError(f"calling {spec} without arguments failed: {type(error).__name__}: {error}") from error
+
+
+def _import(source: str) -> Any:
+    try:
+        if source.endswith(".py"):
+            return _import_file(Path(source))
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        return importlib.import_module(source)
+    except MiracleError:
+        raise
+    except Exception as error:
+        raise MiracleError(f"cannot import {source}: {type(error).__name__}: {error}") from error
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise MiracleError(f"there is no file {path}")
+    path = path.resolve()
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    name = f"_miracle_ban_user_{abs(hash(path)):x}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)  # type: ignore[union-attr]
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def load_checkpoint(path: Path) -> dict[str, Tensor]:
+    """A state dict from a .safetensors file, or from a torch file that holds one (alone or under "state_dict" or "model").
+
+    Raises:
+        MiracleError: the file holds something else.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb"):  # for the same message whatever the format
+        pass
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = _squeeze(str(error).split(". ")[0], 200)
+        raise MiracleError(f"{path} cannot be read as weights: {reason}; save them with torch.save(model.state_dict(), path)") from error
+    for key in _WRAPPED_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        inside = f"a dictionary of {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else _kind(content)
+        raise MiracleError(f"{path} holds no state dict but {inside}")
+    return content
+
+
+def load_into(model: nn.Module, weights: dict[str, Tensor], where: str) -> nn.Module:
+    """Put a checkpoint's weights into `model`; each must be there in its shape, once for tied weights.
+
+    Raises:
+        MiracleError: names or shapes differ.
+    """
+    own = model.state_dict(keep_vars=True)
+    given = {id(own[name]) for name in weights if name in own}
+    problems = {
+        "missing": [n for n in own if n not in weights and id(own[n]) not in given],
+        "unexpected": [n for n in weights if n not in own],
+        "of another shape": [
+            f"{n} {list(t.shape)}, the model has {list(own[n].shape)}" for n, t in weights.items() if n in own and own[n].shape != t.shape
+        ],
+    }
+    said = [f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for what, names in problems.items() if names]
+    if said:
+        raise MiracleError(f"{where} does not fit {type(model).__name__}: {'; '.join(said)}")
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def _open(args: argparse.Namespace, path: Path | None = None) -> Archive:
+    archive = open_archive(path or args.file)
+    return bind(archive, load_model(args.model)) if args.model else archive
+
+
+def _decode_all(args: argparse.Namespace, archive: Archive) -> dict[str, Tensor]:
+    if any(r.name is None for r in archive.records):
+        raise MismatchError(f"{args.file} carries no tensor names or shapes: give the model that it was made for with --model")
+    return decode(archive)
+
+
+def _writable(path: Path | None) -> None:
+    """Find out before the work, not after it, that the result cannot be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise MiracleError(f"cannot write {path}: it is a folder")
+    if not path.absolute().parent.is_dir():
+        raise MiracleError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise MiracleError(f"cannot write {path}: the folder is not writable")
+
+
+def _write(path: Path, data: bytes) -> int:
+    """Write a file so that it is the old one or the new one, never a part; returns its size."""
+    _writable(path)
+    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return len(data)
+
+
+# --- what a file holds -------------------------------------------------------------------------------------------------
+
+
+def _tensor_rows(archive: Archive) -> list[dict[str, Any]]:
+    """One row per tensor; what only the shapes would tell is None where the file carries none."""
+    known = all(r.shape is not None for r in archive.records)
+    live = resolve_kept(archive.records) if known else [None] * len(archive.records)
+    return [_tensor_row(archive, number, r, kept) for number, (r, kept) in enumerate(zip(archive.records, live, strict=True))]
+
+
+def _tensor_row(archive: Archive, number: int, r: Record, live: tuple[int, ...] | None) -> dict[str, Any]:
+    std = [float(s) for s in prior_std(r.prior_codes) if s > 0] if r.kind == "coded" else []
+    bits = int(r.bits) if r.kind == "coded" else 8 * len(r.data)
+    weights = math.prod(r.shape) if r.shape is not None else None
+    row: dict[str, Any] = {
+        "number": number,
+        "name": r.name,
+        "shape": None if r.shape is None else list(r.shape),
+        "kept": list(live) if live is not None and r.kind == "coded" else None,
+        "kind": r.kind,
+        "prior_std": std,
+        "weights": weights,
+        "coded_weights": None if live is None else live_count(r, live) if r.kind == "coded" else 0,
+        "blocks": len(r.index) if r.kind == "coded" else 0,
+        "bits": bits,
+        "bits_per_weight": bits / weights if weights else None,
+    }
+    if r.kind == "alias":
+        row["alias_of"] = archive.records[r.alias].name or f"#{r.alias}"
+    return row
+
+
+def _codeword_bits(archive: Archive) -> np.ndarray:
+    """Bits of every block's codeword."""
+    index = np.concatenate([r.index for r in archive.records if r.kind == "coded"] or [np.zeros(0, np.int64)])
+    if not len(index):
+        return np.zeros(0)
+    if archive.coder in FIXED_LENGTH:
+        return np.full(len(index), float(archive.index_bits or 0))
+    octave = octaves(index)
+    return (HuffmanTable.fit(octave).bits(octave) + octave).astype(np.float64)
+
+
+def _float_bytes(rows: list[dict[str, Any]]) -> int | None:
+    """What the network takes as 32-bit numbers, each tied weight once."""
+    weights = [row["weights"] for row in rows if row["kind"] != "alias"]
+    return None if None in weights else 4 * sum(weights)
+
+
+def _totals(rows: list[dict[str, Any]], file_bytes: int) -> dict[str, Any]:
+    float_bytes = _float_bytes(rows)
+    weights = None if float_bytes is None else float_bytes // 4
+    return {
+        "weights": weights,
+        "float_bytes": float_bytes,
+        "file_bytes": file_bytes,
+        "ratio": float_bytes / file_bytes if float_bytes else None,
+        "bits_per_weight": 8 * file_bytes / weights if weights else None,
+    }
+
+
+# --- text --------------------------------------------------------------------------------------------------------------
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns under their heads, the first `left` flush left and the others flush right; the last row after a rule
+    if its first cell is "total".
+    """
+    widths = [max(len(str(cell)) for cell in column) for column in zip(heads, *rows, strict=True)]
+    rule = "  ".join("-" * w for w in widths)
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [str(c).ljust(w) if i < left else str(c).rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "  ".join(aligned).rstrip()
+
+    lines = [line(heads), rule, *map(line, rows)]
+    if rows and rows[-1][0] == "total":
+        lines.insert(-1, rule)
+    return "\n".join(lines)
+
+
+def _label(row: dict[str, Any]) -> str:
+    return row["name"] if row["name"] is not None else f"#{row['number']}"
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "?" if shape is None else "x".join(map(str, shape)) or "scalar"
+
+
+def _number(value: float | None, form: str = ",.0f") -> str:
+    return "?" if value is None else format(value, form)
+
+
+def _stds(std: Sequence[float]) -> str:
+    if not std:
+        return "-"
+    return f"{std[0]:.4g}" if len(std) == 1 else f"{min(std):.3g} to {max(std):.3g}"
+
+
+def _sizes(result: dict[str, Any]) -> str:
+    if result["float_bytes"] is None:
+        return f"file {result['file_bytes']:,} bytes"
+    per_weight = _number(result["bits_per_weight"], ".4f")
+    size = f"float32 {result['float_bytes']:,} bytes, file {result['file_bytes']:,} bytes"
+    return f"{size}: {_number(result['ratio'], ',.1f')} times smaller, {per_weight} bits per weight"
+
+
+# --- commands: each gives its result as plain data; `_show_*` turns that into text ---------------------------------------
+
+
+def _demo(args: argparse.Namespace) -> dict[str, Any]:
+    return check(args.check) if args.check else run(args.output, seed=args.seed, progress=not args.quiet)
+
+
+def _show_demo(result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"error {result['error']:.2f} %, SHA-256 of the weights {result['sha256_weights']}"
+    rows = [
+        ("float32 weights", f"{result['float_bytes']:,} bytes"),
+        ("file", f"{result['file_bytes']:,} bytes"),
+        ("ratio", f"{result['ratio']:,.0f}"),
+        ("error before", f"{result['float_error']:.2f} %"),
+        ("error after", f"{result['decoded_error']:.2f} %"),
+        *((name, f"{seconds:.1f} s") for name, seconds in result["stages"].items()),
+        ("total", f"{result['seconds']:.1f} s"),
+    ]
+    picture = result["picture"] or "left out: matplotlib is missing (pip install 'miracle-ban[plot]')"
+    ends = [
+        "The fresh process decoded the weights that were coded, bit for bit.",
+        f"file     {result['file']}",
+        f"picture  {picture}",
+    ]
+    return "\n".join([table(("LeNet-5 on drawn digits", ""), rows), "", *ends])
+
+
+def _compress(args: argparse.Namespace) -> dict[str, Any]:
+    parse_bytes(args.budget)
+    for path in (args.output, args.report, args.checkpoint):
+        _writable(path)
+    net = load_into(load_model(args.model), load_checkpoint(args.source), str(args.source))
+    batches, loss = load_data(args.data)
+    try_batch(net, batches, loss, args.data)
+    archive = compress(
+        net,
+        batches,
+        loss,
+        budget=args.budget,
+        epochs=args.epochs,
+        coder=args.coder,
+        seed=args.seed,
+        checkpoint=args.checkpoint,
+        fit_options={"names": args.names},
+        encode_options={"names": args.names},
+        progress=not args.quiet,
+    )
+    size = save(archive, args.output)
+    rows = _tensor_rows(archive)
+    seconds = {"fit": archive.info["fit"]["seconds"], "encode": archive.info["seconds"]}
+    result = {"file": str(args.output), "tensors": rows, **_totals(rows, size), "stages": seconds, "seconds": sum(seconds.values())}
+    if args.report is not None:
+        report = {**archive.info, "tensors": rows, "codeword_bits": _codeword_bits(archive).tolist(), "file": str(args.output)}
+        _write(args.report, json.dumps(_finite(report), allow_nan=False).encode())
+        result["report"] = str(args.report)
+    return result
+
+
+def _show_compress(result: dict[str, Any]) -> str:
+    text = _bits_table(result["tensors"], result)
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result["stages"].items())
+    return f"{text}\n\n{_sizes(result)}\n{stages}\n{result['file']}"
+
+
+def _bits_table(tensors: list[dict[str, Any]], totals: dict[str, Any]) -> str:
+    rows = [(_label(t), _number(t["weights"]), f"{t['bits']:,}", _number(t["bits_per_weight"], ".4f")) for t in tensors]
+    other = 8 * totals["file_bytes"] - sum(t["bits"] for t in tensors)
+    rows.append(("header, prior scales, names", "", f"{other:,}", ""))
+    rows.append(("total", _number(totals["weights"]), f"{8 * totals['file_bytes']:,}", _number(totals["bits_per_weight"], ".4f")))
+    return table(("tensor", "weights", "bits", "bits/weight"), rows)
+
+
+def _inspect(args: argparse.Namespace) -> dict[str, Any]:
+    archive = open_archive(args.file)
+    carried = archive.names
+    if args.model:
+        bind(archive, load_model(args.model))
+    size = args.file.stat().st_size
+    rows = _tensor_rows(archive)
+    return {
+        "file": str(args.file),
+        "format_version": FORMAT_VERSION,
+        "coder": archive.coder,
+        "seed": archive.seed,
+        "names": carried,
+        "fingerprint": f"{archive.fingerprint:04x}",
+        **_totals(rows, size),
+        "blocks": sum(row["blocks"] for row in rows),
+        "tensors": rows,
+    }
+
+
+def _show_inspect(result: dict[str, Any]) -> str:
+    names = "with names" if result["names"] else "without names (--model M shows them)"
+    head = (
+        f"{result['file']}: format {result['format_version']}, {result['file_bytes']:,} bytes, {names}, coder {result['coder']}, "
+        f"seed {result['seed']}, fingerprint {result['fingerprint']}"
+    )
+    rows = [
+        (
+            _label(t),
+            _shape(t["shape"]),
+            "-" if t["kind"] != "coded" else _shape(t["kept"]),
+            t["kind"] if t["kind"] != "alias" else f"= {t['alias_of']}",
+            _stds(t["prior_std"]),
+            _number(t["blocks"]),
+            f"{t['bits']:,}",
+            _number(t["bits_per_weight"], ".4f"),
+        )
+        for t in result["tensors"]
+    ]
+    bits = sum(t["bits"] for t in result["tensors"])
+    weights = result["weights"]
+    rows.append(("total", "", "", "", "", f"{result['blocks']:,}", f"{bits:,}", _number(bits / weights if weights else None, ".4f")))
+    text = table(("tensor", "shape", "kept", "kind", "prior std", "blocks", "bits", "bits/weight"), rows, left=4)
+    return f"{head}\n\n{text}\n\n{_sizes(result)}"
+
+
+def _verify(args: argparse.Namespace) -> dict[str, Any]:
+    archive = _open(args)
+    complete = all(r.name is not None for r in archive.records)
+    digest = weights_sha256(decode(archive)) if complete else None
+    return {
+        "file": str(args.file),
+        "ok": True,
+        "file_bytes": args.file.stat().st_size,
+        "tensors": len(archive.records),
+        "decoded": complete,
+        "sha256_weights": digest,
+    }
+
+
+def _show_verify(result: dict[str, Any]) -> str:
+    if result["decoded"]:
+        return f"{result['file']}: ok, SHA-256 of all {result['tensors']} decoded tensors {result['sha256_weights']}"
+    return (
+        f"{result['file']}: ok as to checksum and structure; its {result['tensors']} tensors carry no names: give --model M to decode them"
+    )
+
+
+def _decode(args: argparse.Namespace) -> dict[str, Any]:
+    from safetensors.torch import save as to_safetensors
+
+    _writable(args.output)
+    weights = _decode_all(args, _open(args))
+    apart = {name: t.detach().clone().contiguous() for name, t in weights.items()}  # safetensors refuses shared storage
+    try:
+        data = to_safetensors(apart, metadata={"format": "pt"})
+    except Exception as error:
+        raise MiracleError(f"these weights do not fit in a safetensors file: {error}") from error
+    size = _write(args.output, data)
+    return {
+        "file": str(args.file),
+        "output": str(args.output),
+        "output_bytes": size,
+        "tensors": len(weights),
+        "sha256_weights": weights_sha256(weights),
+    }
+
+
+def _show_decode(result: dict[str, Any]) -> str:
+    return f"{result['output']}: {result['tensors']} tensors, {result['output_bytes']:,} bytes"
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    archive = _open(args)
+    decoded = _decode_all(args, archive)
+    original = load_checkpoint(args.source)
+    if args.model:
+        original = _as_coded(load_into(load_model(args.model), original, str(args.source)))
+    rows = _tensor_rows(archive)
+    for row in rows:
+        name = row["name"]
+        if name not in original or original[name].shape != decoded[name].shape:
+            have = "has no such tensor" if name not in original else f"has it as {_shape(original[name].shape)}"
+            raise MiracleError(f"{args.file} holds {name} of shape {_shape(row['shape'])}, but {args.source} {have}")
+        row["relative_rms_error"] = _relative_rms(decoded[name], original[name])
+        row["narrowed"] = row["kept"] is not None and row["kept"] != row["shape"]
+    size = args.file.stat().st_size
+    folded = any(r.kind == "constant" for r in archive.records) and not args.model
+    return {"file": str(args.file), "checkpoint": str(args.source), "tensors": rows, "folded": folded, **_totals(rows, size)}
+
+
+def _as_coded(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that coding starts from: those of the model after BatchNorm has been folded."""
+    bayesian = convert(model)
+    return {**model.state_dict(), **bayesian.state_dict(), **{name: p.mean.detach() for name, p in posteriors(bayesian).items()}}
+
+
+def _relative_rms(decoded: Tensor, original: Tensor) -> float | None:
+    """Root mean square of the difference over that of the original; None where the original is zero and the other is not."""
+    error = float((decoded.double() - original.double()).square().sum().sqrt())
+    scale = float(original.double().square().sum().sqrt())
+    return error / scale if scale else 0.0 if not error else None
+
+
+def _show_compare(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            _label(t) + (" *" if t["narrowed"] else ""),
+            _shape(t["shape"]),
+            _number(t["bits_per_weight"], ".4f"),
+            _number(t["relative_rms_error"], ".4f"),
+        )
+        for t in result["tensors"]
+    ]
+    notes = []
+    if any(t["narrowed"] for t in result["tensors"]):
+        notes.append("* hidden units were dropped and the others moved to the front: place by place there is little to compare")
+    if result["folded"]:
+        notes.append("BatchNorm was folded into the layers before it: with --model the checkpoint is folded alike before comparing")
+    text = table(("tensor", "shape", "bits/weight", "relative RMS error"), rows, left=2)
+    return "\n".join([text, *notes, "", _sizes(result)])
+
+
+def _plot(args: argparse.Namespace) -> dict[str, Any]:
+    _writable(args.output)
+    if not plots.available():
+        raise MiracleError("drawing needs matplotlib: pip install 'miracle-ban[plot]'")
+    items = [_plot_item(args, path) for path in args.what]
+    drawings = [_drawing(item) for item in items]
+    data = plots.plot_page([d for d, _ in drawings], [h for _, h in drawings], suffix=args.output.suffix)
+    _write(args.output, data)
+    return {"output": str(args.output), "drawn": items}
+
+
+def _plot_item(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    if path.suffix == ".jsonl":
+        return {"kind": "results", "file": str(path), "lines": _result_lines(path)}
+    if path.suffix == ".json":
+        return {"kind": "report", "file": str(path), "info": _report(path)}
+    archive = _open(args, path)
+    rows = _tensor_rows(archive)
+    codewords = [round(float(b), 3) for b in _codeword_bits(archive)]
+    return {"kind": "archive", "file": str(path), "tensors": rows, "codeword_bits": codewords, **_totals(rows, path.stat().st_size)}
+
+
+def _result_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            kept = {"bytes": float(line["bytes"]), "error": float(line["error"]), "coder": line.get("coder"), "seed": line.get("seed")}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MiracleError(f"{path}, line {number}: no result with bytes and error ({type(error).__name__}: {error})") from None
+        if not (kept["bytes"] > 0 and math.isfinite(kept["error"])):
+            raise MiracleError(f"{path}, line {number}: bytes {line['bytes']} and error {line['error']} cannot be drawn")
+        lines.append(kept)
+    if not lines:
+        raise MiracleError(f"{path} holds no result lines")
+    return lines
+
+
+def _report(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(path.read_text())
+    except ValueError as error:
+        raise MiracleError(f"{path} is not JSON: {error}") from None
+    if not isinstance(info, dict) or not (info.get("fit") or info.get("tensors")):
+        raise MiracleError(f"{path} is no report of `miracle-ban compress --report`: it has neither 'fit' nor 'tensors'")
+    return info
+
+
+def _drawing(item: dict[str, Any]) -> tuple[plots.Drawing, float]:
+    """What draws an item, and how high that is, inches."""
+    title = Path(item["file"]).name
+    if item["kind"] == "results":
+        return partial(plots.draw_results, title=title, lines=item["lines"]), 5.0
+    if item["kind"] == "report":
+        tensors = item["info"].get("tensors") or item["info"]["fit"].get("kl_bits_by_tensor") or ()
+        return partial(plots.draw_report, title=title, info=item["info"]), 3.2 + plots.archive_height(len(tensors))
+    names, bits = [_label(t) for t in item["tensors"]], [t["bits"] for t in item["tensors"]]
+    heading, words = f"{title}: {_sizes(item)}", np.array(item["codeword_bits"])
+    draw = partial(plots.draw_archive, title=heading, names=names, bits=bits, codeword_bits=words)
+    return draw, plots.archive_height(len(names))
+
+
+def _show_plot(result: dict[str, Any]) -> str:
+    parts = [f"{item['file']}\n{_plot_table(item)}" for item in result["drawn"]]
+    return "\n\n".join([*parts, result["output"]])
+
+
+def _plot_table(item: dict[str, Any]) -> str:
+    if item["kind"] == "results":
+        lines = sorted(item["lines"], key=lambda line: (line["bytes"], line["error"]))
+        rows = [(str(v["coder"]), str(v["seed"]), f"{v['bytes']:,.0f}", f"{v['error']:.2f}") for v in lines]
+        return table(("coder", "seed", "bytes", "error, %"), rows)
+    if item["kind"] == "archive":
+        return _bits_table(item["tensors"], item)
+    info = item["info"]
+    fit = info.get("fit") or {}
+    kl_bits = fit.get("kl_bits_by_tensor", {})
+    coded = {t["name"]: t["bits"] for t in info.get("tensors", ())}
+    cells = [(str(name), _number(kl_bits.get(name), ",.1f"), _number(coded.get(name))) for name in coded or kl_bits]
+    return table(("tensor", "KL after fit, bits", "bits in the file"), cells)
