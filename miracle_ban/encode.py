@@ -33,10 +33,11 @@ from .gaussian import Blocks
 from .layers import Posterior, posteriors
 from .objective import Steering
 from .plan import carries_names, freeze_priors, kl_bits_by_tensor, num_blocks, predicted_index_bits, side_bits, skeleton
-from .train import BLOCK_BITS, Feed, Loss, Session, fit, index_budget_bits, make_optimizer, seeded, train_step
+from .train import BLOCK_BITS, LOG_STD_RATE, Feed, Loss, Session, fit, index_budget_bits, make_optimizer, seeded, train_step
 
 _OVERHEAD_SLOPE = -0.25  # bits of overhead for each bit of KL that a block has more than the others: measured with GPRS
 _GAIN, _RESPONSE = 0.006, 6.0  # of steering beta (objective.Steering)
+_LAST_RATE = 0.1  # learning rate of the last round over that of the first: the last weights must settle
 _STEERABLE = 1.3  # refinement can bring predicted bits down by about this much
 
 
@@ -93,7 +94,7 @@ def encode(
         block_bits: KL that one block carries, bits; default what `fit` was given.
         rounds: how often coding stops to refine.
         refine_steps: gradient steps after each round.
-        learning_rate: of the means while refining.
+        learning_rate: of the means in the first round of refining; it falls to a tenth in the last.
         names: store names and shapes; default if the file is going to be larger than 10 kB.
         num_examples: N; default the length of the data set.
         checkpoint: file that keeps the state after every round; if it exists, packaging resumes from it.
@@ -153,6 +154,7 @@ def encode(
             spent = _spent_bits(state, coder)
             if feed is not None and loss is not None and _num_coded(state) < total:
                 feed.restart()
+                _set_rate(optimizer, learning_rate * (1.0 - (1.0 - _LAST_RATE) * _num_coded(state) / total))
                 value = _refine(model, feed, loss, optimizer, state, coder, refine_steps, None if goal is None else goal - spent)
                 state.history.append({"coded": _num_coded(state), "loss": value, "beta": state.steering.beta, "spent_bits": spent})
                 bar.set_postfix_str(f"loss {value:.4f}, beta {state.steering.beta:.3g}, {(side + spent) / 8:,.0f} bytes so far")
@@ -341,6 +343,11 @@ def _expected_overhead(state: State, coder: coders.Coder, waiting_kl_bits: np.nd
     weight = np.diag([20.0, 20.0 * 16.0])  # as much as 20 blocks whose KL varies by 4 bits
     line = np.linalg.solve(design.T @ design + weight, design.T @ over + weight @ prior)
     return float(np.maximum(line[0] + line[1] * (waiting_kl_bits - middle), 0.0).sum())
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group, factor in zip(optimizer.param_groups, (1.0, LOG_STD_RATE), strict=True):
+        group["lr"] = factor * learning_rate
 
 
 def _code_latest_again(state: State, coder: coders.Coder, seed: int, codebook: Codebook) -> None:
