@@ -84,7 +84,8 @@ def main() -> None:
     parser.add_argument("--budget", default="1140", help="bytes of the whole file, or text such as '1.5 kB'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coder", default="gprs")
-    parser.add_argument("--epochs", type=float, default=24, help="of training the posteriors")
+    parser.add_argument("--epochs", type=float, default=40, help="of training the posteriors")
+    parser.add_argument("--weights-per-bit", type=float, default=1.5, help="live weights for each bit of the budget")
     parser.add_argument("--float-epochs", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--refine-steps", type=int, default=60)
@@ -105,7 +106,7 @@ def main() -> None:
         args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 20, 1, 3, 2, "4 kB"
     batches = Batches(*data["train"], size=BATCH, mean=INPUT_MEAN, std=INPUT_STD, distortion=DISTORTION)
     args.work.mkdir(parents=True, exist_ok=True)
-    posteriors = args.work / f"lenet5-mnist-{parse_bytes(args.budget)}-s{args.seed}-{args.epochs:g}.posteriors"
+    posteriors = args.work / f"lenet5-mnist-{parse_bytes(args.budget)}-s{args.seed}-{args.epochs:g}-{args.weights_per_bit:g}.posteriors"
     output = args.output or args.work / f"lenet5-mnist-{parse_bytes(args.budget)}-s{args.seed}.mban"
 
     started = time.monotonic()
@@ -116,7 +117,15 @@ def main() -> None:
     bnn = miracle_ban.convert(net)
     started = time.monotonic()
     report = miracle_ban.fit(
-        bnn, batches, F.cross_entropy, budget=args.budget, epochs=args.epochs, coder=args.coder, seed=args.seed, checkpoint=posteriors
+        bnn,
+        batches,
+        F.cross_entropy,
+        budget=args.budget,
+        epochs=args.epochs,
+        coder=args.coder,
+        weights_per_bit=args.weights_per_bit,
+        seed=args.seed,
+        checkpoint=posteriors,
     )
     seconds["fit"] = report.seconds
     report.plot(output.with_suffix(".fit.png"))
@@ -155,7 +164,7 @@ def main() -> None:
         "sha256": hashlib.sha256(output.read_bytes()).hexdigest(), "sha256_weights": digest, "file": output.name,
         "input_mean": INPUT_MEAN, "input_std": INPUT_STD,
         "command": f"python recipes/lenet5_mnist.py --budget {args.budget} --seed {args.seed} --epochs {args.epochs:g} "
-        f"--rounds {args.rounds} --refine-steps {args.refine_steps} --coder {args.coder}",
+        f"--weights-per-bit {args.weights_per_bit:g} --rounds {args.rounds} --refine-steps {args.refine_steps} --coder {args.coder}",
     }  # fmt: skip
     if not args.smoke:
         append_result("lenet5_mnist", line)
