@@ -152,6 +152,7 @@ class Posterior(nn.Module):
         self.value = self.value.index_select(axis, units).contiguous()
 
     def extra_repr(self) -> str:
+        """What `print` shows of it."""
         return f"{self.name!r}, kept={self.kept}, full_shape={self.full_shape}, fixed={int(self.fixed.sum())}"
 
 

@@ -229,7 +229,8 @@ def fit(
     per_epoch = feed.batches_per_epoch
     settings = {
         "seed": seed, "budget_bytes": budget_bytes, "epochs": epochs, "learning_rate": learning_rate, "coder": coder.name,
-        "block_bits": block_bits, "num_examples": feed.num_examples, "tensors": list(posteriors(model)),
+        "block_bits": block_bits, "weights_per_bit": weights_per_bit, "narrow": narrow, "beta": beta,
+        "num_examples": feed.num_examples, "tensors": list(posteriors(model)),
     }  # fmt: skip
     saved = checkpoints.read(Path(checkpoint), stage="fit", expected=settings) if checkpoint is not None else None
     model.train()

@@ -2,9 +2,10 @@
 
     python recipes/lenet5_mnist.py --budget 1140 --seed 0 --data ../data
 
-Trains the float network (two minutes) and the posteriors (five minutes), both kept in --work, packages them, decodes the file in a fresh process, reports
-the error on the official test split and appends one line to `recipes/results/lenet5_mnist.jsonl`. Nothing is chosen on the
-test split: the settings below were chosen on the last 5,000 training images, which are never trained on.
+Trains the float network (two minutes) and the posteriors (seven), both kept in --work, packages them (three), decodes the file
+in a fresh process, reports the error on the official test split and appends one line to `recipes/results/lenet5_mnist.jsonl`.
+Nothing is chosen on the test split: the settings below were chosen on the last 5,000 training images, which are never
+trained on.
 """
 
 from __future__ import annotations

@@ -59,14 +59,14 @@ def lenet_table() -> str:
 
 def lenet_seeds() -> str:
     """Every run of LeNet-5 with its parts."""
-    head = "| budget | coder | seed | bytes | test error, % | float error, % | widths | blocks | KL, bits | codeword, bits | log2 r | J | fit, s | encode, s |"
-    rows = [head, "|" + "---|" * (head.count("|") - 1)]
+    columns = "budget, coder, seed, bytes, test error %, float error %, widths, blocks, KL bits, codeword bits, log2 r, J, fit s, encode s"
+    rows = ["| " + columns.replace(", ", " | ") + " |", "|" + "---|" * (columns.count(", ") + 1)]
     for (budget, coder), lines in sorted(lenet_groups().items()):
         for v in lines:
             widths = "-".join(str(w) for w in v["widths"].values())
             rows.append(
-                f"| {budget:,} | {coder} | {v['seed']} | {v['bytes']:,} | {v['error']:.2f} | {v['float_error']:.2f} | {widths} | {v['blocks']} "
-                f"| {v['kl_bits_per_block']:.2f} | {v['codeword_bits_per_block']:.2f} | {v['log2_ratio_per_block']:.2f} "
+                f"| {budget:,} | {coder} | {v['seed']} | {v['bytes']:,} | {v['error']:.2f} | {v['float_error']:.2f} | {widths} "
+                f"| {v['blocks']} | {v['kl_bits_per_block']:.2f} | {v['codeword_bits_per_block']:.2f} | {v['log2_ratio_per_block']:.2f} "
                 f"| {v['j_bits_per_block']:.2f} | {v['seconds']['fit']:.0f} | {v['seconds']['encode']:.0f} |"
             )
     return "\n".join(rows)
