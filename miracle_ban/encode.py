@@ -136,7 +136,7 @@ def encode(
     total = sum(len(t.index) for t in state.tensors)
     if goal is not None:
         # the last round cannot be corrected: keep back what its codewords may vary by
-        goal -= 5.0 * math.sqrt(total / (rounds if feed is not None else 1))
+        goal -= 10.0 * math.sqrt(total / (rounds if feed is not None else 1))
         if saved is None:
             _check_affordable(model, state, coder, goal, side)
     optimizer = make_optimizer(model, learning_rate)

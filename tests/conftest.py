@@ -23,6 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew, from tests/make_golden.py")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--update-golden"):
+        import make_golden
+
+        make_golden.write()
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     """Every test starts from the same torch generator, one thread and float32."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from miracle_ban.container import Archive, prior_std, resolve_kept
+from miracle_ban.randomness import quantiles
 
 BUDGET = 200  # bytes that the fitted fixture is trained for
 FALSE_ALARM = 1e-6  # probability with which a right sampler fails a statistical test, were its seed not fixed
@@ -56,7 +60,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         t = state[name].detach().cpu().contiguous()
         sha.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        sha.update(t.flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+        sha.update(tensor_bytes(t))
     return sha.hexdigest()
 
 
@@ -100,6 +104,47 @@ def normals_by_hand(table: np.ndarray, seed: int, candidate: int, block: int, st
     """Normals in units of 2^-20: each word's low half, then its high half, looked up in `table`."""
     halves = [h for w in words_by_hand(seed, candidate, block, stream, -(-count // 2)) for h in (w & 0xFFFF, w >> 16)]
     return [int(table[h]) for h in halves[:count]]
+
+
+def decode_by_hand(archive: Archive, number: int) -> np.ndarray:
+    """One coded tensor in Python's integers and one rounded product a weight, from the description of the format."""
+    record = archive.records[number]
+    live = resolve_kept(archive.records)[number]
+    std = [np.float32(s) for s in prior_std(record.prior_codes)]
+    row = int(np.prod(live[1:])) if len(live) > 1 else 1
+    units = (live[0] if live else 1) if len(std) > 1 else 1
+    row = row if len(std) > 1 else int(np.prod(live))
+    alive = [u for u in range(units) if std[u] > 0]
+    count = len(alive) * row
+    blocks = len(record.index)
+    d = -(-count // blocks)
+    if not count:
+        return np.zeros(record.shape or (), np.float32)
+    drawn = list(itertools.chain.from_iterable(words_by_hand(archive.seed, 0, b, 16 * number + 3, 4) for b in range(-(-count // 4))))
+    order = sorted(range(count), key=lambda i: (drawn[i], i))
+    coded = [np.float32(0)] * count
+    for b, k in enumerate(record.index.tolist()):
+        own = d <= 8
+        z = normals_by_hand(quantiles(), archive.seed, k - 1, (b + 1) * own, 16 * number * own, d)
+        turn = words_by_hand(archive.seed, 0, b, 16 * number + 2, 1)[0] % d
+        signs = words_by_hand(archive.seed, 0, b, 16 * number + 1, -(-d // 32))
+        for j in range(d):
+            if j * blocks + b < count:
+                sign = -1 if signs[j // 32] >> j % 32 & 1 else 1
+                coded[order[j * blocks + b]] = np.float32(sign * z[(j - turn) % d] / 2**20)
+    full = np.zeros(record.shape or (), np.float32)
+    flat = np.zeros((units, row), np.float32)
+    for i, u in enumerate(alive):
+        for j in range(row):
+            flat[u, j] = coded[i * row + j] * std[u]
+    full[tuple(slice(k) for k in live)] = flat.reshape(live)
+    return full
+
+
+def tensor_bytes(t: Tensor) -> bytes:
+    """The tensor's values as little-endian bytes."""
+    flat = t.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes() if t.numel() else b""
 
 
 class Holder(nn.Module):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -45,9 +46,9 @@ def test_exponential_golomb_is_prefix_free_and_monotone_in_length(order):
         out = BitWriter()
         out.write_golomb(value, order)
         words.append("".join(map(str, BitReader(out.to_bytes()).bits[: out.length])))
-    assert all(len(a) <= len(b) for a, b in zip(words, words[1:], strict=False))
+    assert all(len(a) <= len(b) for a, b in itertools.pairwise(words))
     ordered = sorted(words)
-    assert not any(b.startswith(a) for a, b in zip(ordered, ordered[1:], strict=False))
+    assert not any(b.startswith(a) for a, b in itertools.pairwise(ordered))
 
 
 def test_golomb_over_its_limit_is_corrupt():
@@ -201,7 +202,7 @@ def test_very_uneven_counts_stay_within_the_longest_codeword(symbols_count):
 def test_codewords_are_prefix_free_and_sorted_by_length():
     table = HuffmanTable.fit(np.repeat(np.arange(8), [1, 2, 4, 8, 16, 32, 64, 128]))
     words = sorted(f"{c:0{n}b}" for c, n in zip(table.codes.tolist(), table.lengths.tolist(), strict=True))
-    assert not any(b.startswith(a) for a, b in zip(words, words[1:], strict=False))
+    assert not any(b.startswith(a) for a, b in itertools.pairwise(words))
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [1, 1, 1], [16], [1, 2, 2, 2], [-1, 3]])
@@ -219,7 +220,8 @@ def test_crc_is_the_one_of_zip():
     ("text", "size"),
     [
         ("1.5 kB", 1500), ("2 KiB", 2048), (1140, 1140), ("20MB", 20_000_000), ("1140", 1140), ("1140 bytes", 1140), ("1 byte", 1),
-        ("7 b", 7), (" 3 GiB ", 3 << 30), ("1_000", 1000), (".5 kB", 500), ("2. kB", 2000), (1500.4, 1500), ("0.0015 MB", 1500), ("1 MiB", 1 << 20),
+        ("7 b", 7), (" 3 GiB ", 3 << 30), ("1_000", 1000), (".5 kB", 500), ("2. kB", 2000), (1500.4, 1500), ("0.0015 MB", 1500),
+        ("1 MiB", 1 << 20),
     ],
 )  # fmt: skip
 def test_sizes_are_read(text, size):
@@ -228,7 +230,28 @@ def test_sizes_are_read(text, size):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "abc", "-3", 0, -3, math.nan, math.inf, "nan", "inf", "1e3", "1.5.2 kB", "kB", "0", "0.2", "3 kilo", "1 kB extra", "１２ kB", True, None, [20]],
+    [
+        "",
+        "abc",
+        "-3",
+        0,
+        -3,
+        math.nan,
+        math.inf,
+        "nan",
+        "inf",
+        "1e3",
+        "1.5.2 kB",
+        "kB",
+        "0",
+        "0.2",
+        "3 kilo",
+        "1 kB extra",
+        "１２ kB",
+        True,
+        None,
+        [20],
+    ],
 )
 def test_what_is_no_size_is_refused_with_a_remedy(text):
     with pytest.raises(BudgetError) as error:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import helpers
@@ -10,7 +11,7 @@ from scipy import integrate, stats
 from torch import distributions
 
 from miracle_ban import gaussian
-from miracle_ban.gaussian import Blocks, stretch
+from miracle_ban.gaussian import Blocks, log_ratio_quantiles, stretch, super_level
 
 
 def one(delta: float, v: float) -> Blocks:
@@ -164,6 +165,48 @@ def test_survival_of_long_blocks_agrees_with_draws(d):
             assert abs(np.exp(law.log_survival[b, j]) - terms.mean()) < noise + 0.006
 
 
+@pytest.mark.parametrize(("delta", "v"), [(1.0, 0.0625), (0.5, 0.64)])
+def test_the_mean_index_that_the_thresholds_imply_is_the_largest_ratio(delta, v):
+    """E[K] = r_max in 1-D: the integral of the survival that accepting at sigma^-1(t) leads to, up to 1,000 r_max."""
+    blocks = one(delta, v)
+    law, largest = stretch(blocks), float(blocks.max_log_ratio())
+    log_time = np.linspace(-8.0, largest + math.log(1000.0), 4000)
+    level = np.array([law.threshold(0, t) for t in log_time])
+    half = np.sqrt(np.maximum(2 * v / (1 - v) * (largest - level), 0.0))  # {l >= level} is this far around its peak
+    peak = delta / (1 - v)
+    hazard = stats.norm.cdf(peak + half) - stats.norm.cdf(peak - half)
+    time = np.exp(log_time)
+    survival = np.exp(-integrate.cumulative_trapezoid(hazard, time, initial=0.0))
+    assert time[0] + integrate.trapezoid(survival, time) == pytest.approx(math.exp(largest), rel=0.05)
+
+
+@pytest.mark.parametrize("d", [1, 16])
+def test_quantiles_of_the_log_ratio_agree_with_draws(d):
+    blocks = some(3, d, largest=0.9)
+    probability = np.array([0.05, 0.3, 0.5, 0.9, 0.99])
+    n = 50_000
+    l = log_ratios(blocks, n)
+    below = (l[:, :, None] <= log_ratio_quantiles(blocks, probability)).mean(0)
+    noise = stats.norm.isf(helpers.FALSE_ALARM / 2) * np.sqrt(probability * (1 - probability) / n)  # false alarm 1e-6 each
+    assert (np.abs(below - probability) < noise + (0.03 if d == 1 else 0.006)).all()  # even grid: its last cell is coarse in 1-D
+
+
+@pytest.mark.parametrize("d", [1, 6])
+def test_the_mean_log_ratio_above_the_super_level_is_the_kl(d):
+    blocks = some(3, d, largest=0.9, scale=1.0 if d == 1 else 0.4)
+    level, log_mass = super_level(blocks)
+    g = torch.Generator().manual_seed(3)
+    n = 400_000
+    const, linear, quadratic = blocks.coefficients()
+    for b in range(3):
+        x = torch.randn(n, d, generator=g, dtype=torch.float64)
+        l = (const[b] + x @ linear[b] + x.square() @ quadratic[b]).numpy()
+        above = l[l >= level[b]]
+        z = stats.norm.isf(helpers.FALSE_ALARM / 2)  # false alarm 1e-6 each
+        assert abs(len(above) / n - math.exp(log_mass[b])) < z * math.sqrt(len(above)) / n + 0.03 * math.exp(log_mass[b])
+        assert abs(above.mean() - float(blocks.kl_nats()[b])) < z * above.std() / math.sqrt(len(above)) + 0.02
+
+
 def test_threshold_is_the_inverse_of_the_stretch_function():
     law = stretch(some(2, 10))
     for b in range(2):
@@ -173,7 +216,7 @@ def test_threshold_is_the_inverse_of_the_stretch_function():
         assert law.threshold(b, early) == pytest.approx(early, abs=1e-3)  # sigma(h) = h where nothing is accepted yet
         times = np.linspace(-20, 30, 200)
         bars = [law.threshold(b, t) for t in times]
-        assert all(x <= y for x, y in zip(bars, bars[1:], strict=False))
+        assert all(x <= y for x, y in itertools.pairwise(bars))
 
 
 def test_survival_falls_from_one():
