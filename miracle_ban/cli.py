@@ -348,7 +348,7 @@ def _number(value: float | None, form: str = ",.0f") -> str:
 def _stds(std: Sequence[float]) -> str:
     if not std:
         return "-"
-    return f"{std[0]:.4g}" if len(std) == 1 else f"{min(std):.3g} to {max(std):.3g}"
+    return f"{std[0]:.4g}" if min(std) == max(std) else f"{min(std):.3g} to {max(std):.3g}"
 
 
 def _sizes(result: dict[str, Any]) -> str:

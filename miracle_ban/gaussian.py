@@ -94,11 +94,14 @@ class Stretch:
 
 
 def _law(blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Grid of log density ratios `[blocks, grid]`, ascending and evenly spaced, and ln Q[l >= level] on it."""
+    """Grid of log density ratios `[blocks, grid]`, ascending, finer towards the top, and ln Q[l >= level] on it.
+
+    Towards the largest ratio there is, the stretch function grows without bound, hence the finer grid there.
+    """
     kl, sd = blocks.kl_nats(), blocks.std_log_ratio().clamp_min(1e-6)
     low = torch.minimum(kl - 14.0 * sd, torch.full_like(kl, -8.0))
     high = torch.minimum(blocks.max_log_ratio(), kl + 11.0 * sd)
-    level = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, _GRID, dtype=torch.float64)
+    level = high[:, None] - (high - low)[:, None] * torch.linspace(1, 0, _GRID, dtype=torch.float64).square()
     return level, _log_tail(blocks, level)
 
 
@@ -129,15 +132,15 @@ def super_level(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
 def stretch(blocks: Blocks) -> Stretch:
     """Tabulate the stretch function of each block from the law of its log density ratio under Q."""
     level, log_tail = _law(blocks)
-    step = level[:, 1:2] - level[:, :1]
+    step = level.diff(dim=1)
     tail = log_tail.exp()
-    decay = (-step[:, 0]).exp()
-    whole = -torch.expm1(-step[:, 0])  # weights of W linear within a cell, against exp(-x)
-    slope = (whole - step[:, 0] * decay) / step[:, 0]
+    decay = (-step).exp()
+    whole = -torch.expm1(-step)  # integral over a cell of exp(-x) times W, which is linear within the cell
+    slope = (whole - step * decay) / step.clamp_min(1e-300)
     survival = torch.zeros_like(level)
-    after = torch.zeros_like(decay)
+    after = torch.zeros_like(level[:, 0])
     for j in range(_GRID - 2, -1, -1):
-        after = tail[:, j] * whole + (tail[:, j + 1] - tail[:, j]) * slope + decay * after
+        after = tail[:, j] * whole[:, j] + (tail[:, j + 1] - tail[:, j]) * slope[:, j] + decay[:, j] * after
         survival[:, j] = after
     log_survival = survival.clamp(1e-300, 1.0).log()
     log_survival[:, -1] = log_survival[:, -2] - math.log(2.0)

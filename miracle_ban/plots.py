@@ -153,6 +153,7 @@ def draw_histogram(axis: Any, values: np.ndarray, label: str) -> None:
     axis.axvline(values.mean(), color=_RED, lw=1.2, ls="--", label=f"mean {values.mean():.1f}")
     axis.legend(frameon=False)
     axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set_xlabel(label)
     axis.set_ylabel("blocks")
     _plain(axis)

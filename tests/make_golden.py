@@ -1,0 +1,156 @@
+"""The archives behind tests/golden: made of integers alone, so that they are the same on every machine for ever.
+
+`pytest tests/test_golden.py --update-golden` writes the files of the present format version and tests/golden/manifest.json
+anew. Files of older versions are never touched: they must decode for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import helpers
+import numpy as np
+
+from miracle_ban import decode
+from miracle_ban.container import FORMAT_VERSION, Archive, Record, fingerprint, live_count, parse, resolve_kept
+from miracle_ban.randomness import words
+
+FOLDER = Path(__file__).parent / "golden"
+MANIFEST = FOLDER / "manifest.json"
+
+
+class Builder:
+    """Collects records; the indices come from the package's own random words."""
+
+    def __init__(self, coder: str = "gprs", *, seed: int = 0, names: bool = False, index_bits: int | None = None, octaves: int = 13):
+        self.archive = Archive([], coder, seed, 0, names, index_bits)
+        self.octaves = index_bits or octaves
+
+    def words(self, count: int) -> np.ndarray:
+        return words(0xB0B, len(self.archive.records), 0, 0xD0, count)[0].astype(np.int64)
+
+    def add(self, record: Record, name: str, shape: tuple[int, ...], dtype: str = "float32") -> Builder:
+        record.name, record.shape, record.dtype = name, shape, dtype
+        self.archive.records.append(record)
+        return self
+
+    def coded(self, name: str, shape: tuple[int, ...], blocks: int, *, codes=(190,), kept=(None, None), dtype: str = "float32") -> Builder:
+        self.add(Record("coded", kept, np.array(codes, np.uint8)), name, shape, dtype)
+        record = self.archive.records[-1]
+        count = live_count(record, resolve_kept(self.archive.records)[-1])
+        assert 1 <= blocks <= max(count, 1), (name, count)
+        drawn = self.words(2 * blocks)
+        width = drawn[:blocks] % self.octaves + 1  # indices of all octaves
+        record.index = 1 + drawn[blocks:] % (np.int64(1) << width)
+        return self
+
+    def raw(self, name: str, array: np.ndarray, dtype: str, stored: str | None = None) -> Builder:
+        data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+        return self.add(Record("raw", raw_dtype=stored or dtype, data=data), name, array.shape, dtype)
+
+    def done(self) -> Archive:
+        self.archive.fingerprint = fingerprint([(str(r.name), r.shape or ()) for r in self.archive.records])
+        return self.archive
+
+
+def archives() -> dict[str, Archive]:
+    """All golden archives of the present version by the names of their files."""
+    half = np.array([[1.5, -0.25, 65504.0]], np.float16)
+    made = {
+        "gprs": Builder(seed=1)
+        .coded("conv1.weight", (6, 1, 5, 5), 9)
+        .coded("conv1.bias", (6,), 1)
+        .coded("fc.weight", (10, 54), 30, codes=[183]),
+        "gprs_names": Builder(seed=2, names=True)
+        .coded("conv1.weight", (6, 1, 5, 5), 9)
+        .coded("conv1.bias", (6,), 1)
+        .coded("größe", (3, 7), 4),
+        "minimal_random": Builder("minimal-random", seed=3, index_bits=11)
+        .coded("weight", (12, 20), 18)
+        .coded("bias", (12,), 2, codes=[201]),
+        "minimal_random_names": Builder("minimal-random", seed=9, index_bits=24, names=True).coded("w", (5, 40), 6),
+        "small_blocks": Builder(seed=5)
+        .coded("eight", (16, 4), 8)
+        .coded("one", (7,), 7, codes=[210])
+        .coded("three", (5, 2), 4)
+        .coded("scalar", (), 1),
+        "large_blocks": Builder(seed=6)
+        .coded("nine", (9, 5), 5)
+        .coded("4096", (64, 64), 1)
+        .coded("short", (100,), 7)
+        .coded("65", (65, 2), 2),
+        "per_unit": Builder(seed=7)
+        .coded("conv.weight", (8, 2, 3, 3), 6, codes=[0, 190, 200, 0, 1, 255, 199, 0])
+        .coded("conv.bias", (8,), 1, codes=[0, 180, 181, 0, 182, 183, 184, 0])
+        .coded("fc.weight", (3, 8), 2, codes=[0, 0, 205])
+        .coded("fc.bias", (3,), 1, codes=[0, 0, 0]),
+        "trimmed": Builder(seed=8, names=True)
+        .coded("conv1.weight", (20, 1, 5, 5), 5, kept=(5, None))
+        .coded("conv1.bias", (20,), 1)
+        .coded("conv2.weight", (50, 20, 5, 5), 20, kept=(7, None))
+        .coded("conv2.bias", (50,), 1)
+        .coded("fc1.weight", (50, 800), 25, kept=(9, None), codes=[190, 0, 191, 192, 193, 194, 195, 196, 0])
+        .coded("fc1.bias", (50,), 2)
+        .coded("fc2.weight", (10, 50), 4)
+        .coded("fc2.bias", (10,), 1)
+        .coded("both.weight", (6, 9), 2, kept=(4, 3)),
+        "records": Builder(seed=10, names=True)
+        .raw("half", half, "float16")
+        .raw("half_of_single", half, "float32", "float16")
+        .raw("single", np.array([1e-30, 3.0], np.float32), "float32")
+        .raw("double", np.array(np.pi), "float64")
+        .raw("brain", np.array([0x3F80, 0xC040], np.uint16), "bfloat16")
+        .raw("steps", np.array(-7, np.int64), "int64")
+        .raw("mask", np.array([[True, False]]), "bool")
+        .raw("bytes", np.arange(5, dtype=np.uint8), "uint8")
+        .raw("complex", np.array([1 - 2j], np.complex64), "complex64")
+        .raw("empty", np.zeros((0, 4), np.float32), "float32")
+        .add(Record("constant", constant=1), "norm.weight", (4,))
+        .add(Record("constant", constant=0), "norm.count", (), "int64")
+        .coded("embed.weight", (7, 5), 3, dtype="bfloat16")
+        .add(Record("alias", alias=12), "out.weight", (7, 5), "bfloat16")
+        .coded("dropped", (11,), 1, codes=[0])
+        .coded("double_weights", (5, 5), 3, dtype="float64"),
+        "largest_seed_and_index": Builder(seed=(1 << 64) - 1, octaves=31).coded("w", (10, 10), 31).coded("v", (31,), 6),
+        "other_coder": Builder("a-star", seed=12).coded("weight", (12, 20), 18).coded("bias", (12,), 2),
+        "one_octave": Builder(seed=13, octaves=1).coded("weight", (12, 20), 18),
+        "nothing": Builder(seed=14, names=True),
+    }
+    return {f"v{FORMAT_VERSION}_{name}.mban": builder.done() for name, builder in made.items()}
+
+
+def describe(data: bytes, entries: list[tuple[str, tuple[int, ...], str]]) -> dict:
+    """What the manifest says of a file."""
+    archive = parse(data)
+    state = decode(archive) if archive.names else decode(archive, helpers.Holder(entries))
+    return {
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "weights_sha256": weights_digest(state),
+        "entries": [[name, list(shape), dtype] for name, shape, dtype in entries],
+    }
+
+
+def weights_digest(state: dict) -> str:
+    """SHA-256 of name, shape, dtype and little-endian bytes of every tensor, in the order of the file."""
+    sha = hashlib.sha256()
+    for name, t in state.items():
+        sha.update(f"{name} {list(t.shape)} {t.dtype}\n".encode())
+        sha.update(helpers.tensor_bytes(t))
+    return sha.hexdigest()
+
+
+def write() -> None:
+    """Write the files of the present version and their part of the manifest."""
+    FOLDER.mkdir(exist_ok=True)
+    old = json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
+    manifest = {name: said for name, said in old.items() if not name.startswith(f"v{FORMAT_VERSION}_")}
+    for path in FOLDER.glob(f"v{FORMAT_VERSION}_*.mban"):
+        path.unlink()
+    for name, archive in archives().items():
+        data = archive.to_bytes()
+        (FOLDER / name).write_bytes(data)
+        manifest[name] = describe(data, [(str(r.name), r.shape or (), str(r.dtype)) for r in archive.records])
+    MANIFEST.write_text(json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=True) + "\n")

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import copy
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import miracle_ban
+from miracle_ban import convert, kl
+from miracle_ban.convert import conversion
+from miracle_ban.errors import MiracleError, MismatchError, UnsupportedModelError
+from miracle_ban.layers import posteriors, use_mode
+
+
+class Scalars(nn.Module):
+    """A scalar, an empty parameter, a parameter of the root, a list and a dictionary of parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+        self.rows = nn.ParameterList([nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))])
+        self.named = nn.ParameterDict({"k": nn.Parameter(torch.randn(3))})
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * self.scale + self.rows[0] * self.named["k"]) + self.rows[1] + self.empty.sum()
+
+
+class Tied(nn.Module):
+    """A language model whose output weights are its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.out = nn.Linear(4, 7)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.embed(x)))
+
+
+TOKENS = torch.tensor([[1, 2, 3], [0, 4, 6]])
+R = torch.randn
+NETWORKS = {
+    "tiny": (helpers.TinyNet, lambda: (R(2, 1, 8, 8),)),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(2, 3, 3, stride=2, padding=1, padding_mode="circular"), nn.ReLU()), lambda: (R(2, 2, 9),)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), dilation=2, groups=2, padding="same", bias=False), lambda: (R(2, 4, 9, 9),)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2, padding=1, padding_mode="reflect"), lambda: (R(2, 2, 4, 4, 4),)),
+    "transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2)),
+        lambda: (R(2, 3, 5, 5),),
+    ),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(3, 4, 3), lambda: (R(2, 3, 5),)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(3, 4, 2), lambda: (R(2, 3, 3, 3, 3),)),
+    "embedding": (lambda: nn.Embedding(7, 4, padding_idx=0), lambda: (TOKENS,)),
+    "embedding bag": (lambda: nn.EmbeddingBag(7, 4), lambda: (TOKENS,)),
+    "bilinear": (lambda: nn.Bilinear(3, 4, 5), lambda: (R(2, 3), R(2, 4))),
+    "norms": (
+        lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.LayerNorm(5), nn.InstanceNorm1d(4, affine=True), nn.PReLU(4)),
+        lambda: (R(2, 4, 5),),
+    ),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), lambda: (R(5, 2, 8),) * 3),
+    "attention of other sizes": (
+        lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=6, add_bias_kv=True),
+        lambda: (R(5, 2, 8), R(5, 2, 4), R(5, 2, 6)),
+    ),
+    "transformer": (lambda: nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True), lambda: (R(2, 5, 8), R(2, 4, 8))),
+    "lstm": (lambda: nn.LSTM(4, 6, 2, bidirectional=True), lambda: (R(5, 2, 4),)),
+    "lstm with projection": (lambda: nn.LSTM(4, 6, proj_size=3), lambda: (R(5, 2, 4),)),
+    "gru": (lambda: nn.GRU(4, 6, batch_first=True), lambda: (R(2, 5, 4),)),
+    "rnn": (lambda: nn.RNN(4, 6), lambda: (R(5, 2, 4),)),
+    "cells": (lambda: nn.GRUCell(4, 6), lambda: (R(2, 4), R(2, 6))),
+    "tied": (Tied, lambda: (TOKENS,)),
+    "weight norm": (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)), nn.ReLU(), nn.Linear(3, 2)), lambda: (R(2, 4),)),
+    "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(4, 4)), lambda: (R(2, 4),)),
+    "scalars": (Scalars, lambda: (R(2, 3),)),
+    "double": (lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)).double(), lambda: (R(2, 4).double(),)),
+}
+
+
+def mean_outputs(model: nn.Module, arguments: tuple) -> Tensor:
+    with use_mode(model, "mean"), torch.no_grad():
+        return helpers.outputs_of(model(*arguments))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_in_mean_mode_the_copy_is_the_original_network(name):
+    make, make_arguments = NETWORKS[name]
+    net, arguments = make().eval(), make_arguments()
+    before = helpers.weight_state(net)
+    bnn = convert(net).eval()
+    with torch.no_grad():
+        assert helpers.outputs_of(net(*arguments)).equal(mean_outputs(bnn, arguments))
+    assert helpers.same_state(net.state_dict(), before)
+    assert not posteriors(net)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_of_16_bits_are_trained_in_32_and_keep_their_dtype(dtype):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3)).to(dtype).eval()
+    before = helpers.weight_state(net)
+    bnn = convert(net).eval()
+    x = torch.randn(4, 1, 3, 3)
+    with torch.no_grad():
+        expected = copy.deepcopy(net).float()(x)
+    assert torch.allclose(expected.double().flatten(), mean_outputs(bnn, (x,)), rtol=1e-3, atol=1e-3)
+    assert all(p.mean.dtype == torch.float32 for p in posteriors(bnn).values())
+    assert {e.dtype for e in conversion(bnn).entries if e.name != "1.num_batches_tracked"} == {dtype}
+    assert helpers.same_state(net.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_parameter_is_coded_and_every_entry_accounted_for(name):
+    make, make_arguments = NETWORKS[name]
+    net, arguments = make(), make_arguments()
+    bnn = convert(net)
+    account = conversion(bnn)
+    assert [(e.name, e.shape, e.dtype) for e in account.entries] == [(n, tuple(t.shape), t.dtype) for n, t in net.state_dict().items()]
+    parameters = {n for n, p in net.named_parameters() if p.numel()}
+    assert {e.name for e in account.of_kind("coded")} == parameters == set(posteriors(bnn))
+    held = {f"{path}.{own}" for path, m in bnn.named_modules() if type(m).__name__ == "Posterior" for own in ("mean", "log_std")}
+    assert {n for n, p in bnn.named_parameters() if p.numel()} == held  # nothing trainable stays raw
+    result = helpers.outputs_of(bnn(*arguments))  # draws
+    assert bool(torch.isfinite(result).all())
+    (sum(t.double().sum() for t in torch.utils._pytree.tree_leaves(bnn(*arguments)) if t.is_floating_point()) + kl(bnn)).backward()
+    for own, p in posteriors(bnn).items():
+        assert p.log_std.grad is not None, own
+        assert bool(torch.isfinite(p.log_std.grad).all()), own
+        assert bool(torch.isfinite(p.mean.grad).all()), own
+
+
+@pytest.mark.parametrize("name", ["tiny", "lstm", "attention", "tied", "weight norm", "scalars"])
+def test_a_copy_of_a_converted_network_is_on_its_own(name):
+    make, make_arguments = NETWORKS[name]
+    bnn, arguments = convert(make().eval()), make_arguments()
+    before = mean_outputs(bnn, arguments)
+    other = copy.deepcopy(bnn)
+    assert before.equal(mean_outputs(other, arguments))
+    with torch.no_grad():
+        for p in posteriors(other).values():
+            p.mean.add_(1.0)
+    assert before.equal(mean_outputs(bnn, arguments))
+    assert not before.equal(mean_outputs(other, arguments))
+
+
+def test_means_start_at_the_trained_weights_with_a_little_noise():
+    net = helpers.TinyNet()
+    held = posteriors(convert(net))
+    for name, weight in net.named_parameters():
+        assert torch.equal(held[name].mean, weight)
+        assert float(held[name].log_std.detach().exp().max()) <= 0.2 * float(weight.detach().square().mean().sqrt())
+
+
+def test_tied_weights_are_one_posterior_and_one_alias():
+    bnn = convert(Tied())
+    assert [(e.name, e.kind, e.alias_of) for e in conversion(bnn).entries] == [
+        ("embed.weight", "coded", None),
+        ("out.weight", "alias", "embed.weight"),
+        ("out.bias", "coded", None),
+    ]
+    assert len(posteriors(bnn)) == 2
+
+
+def test_the_account_reads_well():
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    text = str(convert(net).conversion)
+    assert "36 weights in 4 tensors" in text
+    assert "constant" in text
+    assert "2.running_mean" in text
+    assert "stay raw" in text
+
+
+# --- BatchNorm ---
+
+
+def normed(seed: int = 0) -> nn.Module:
+    """Convolutions and linear layers with BatchNorms that have seen data."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3, eps=0.1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(48, 5), nn.BatchNorm1d(5), nn.Linear(5, 2),
+    )  # fmt: skip
+    for m in net.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(m.weight)
+            nn.init.normal_(m.bias)
+    for _ in range(3):
+        net(2 * torch.randn(16, 1, 8, 8) + 1)
+    return net
+
+
+def test_folding_batchnorm_is_exact_and_keeps_names():
+    net = normed().eval()
+    x = torch.randn(6, 1, 8, 8)
+    bnn = convert(net).eval()
+    constant = {e.name for e in conversion(bnn).of_kind("constant")}
+    assert constant == {
+        *(f"{n}.{own}" for n in (1, 4, 8) for own in ("weight", "running_mean", "running_var", "num_batches_tracked")), "3.bias", "7.bias",
+    }  # fmt: skip
+    assert not conversion(bnn).of_kind("raw")
+    assert torch.allclose(helpers.outputs_of(net(x)), mean_outputs(bnn, (x,)), rtol=1e-5, atol=1e-5)
+    assert [e.name for e in conversion(bnn).entries] == list(net.state_dict())
+
+
+def test_training_does_not_change_a_folded_norm():
+    bnn = convert(normed().eval())
+    x = torch.randn(6, 1, 8, 8)
+    bnn.eval()
+    before = mean_outputs(bnn, (x,))
+    state = {k: v.clone() for k, v in bnn.state_dict().items()}
+    bnn.train()
+    assert before.equal(mean_outputs(bnn, (x,)))
+    assert all(torch.equal(v, bnn.state_dict()[k]) for k, v in state.items())
+
+
+def test_folding_can_be_left_out():
+    net = normed().eval()
+    x = torch.randn(6, 1, 8, 8)
+    bnn = convert(net, fold=False).eval()
+    raw = {e.name for e in conversion(bnn).of_kind("raw")}
+    assert raw == {f"{n}.{own}" for n in (1, 4, 8) for own in ("running_mean", "running_var", "num_batches_tracked")}
+    assert helpers.outputs_of(net(x)).equal(mean_outputs(bnn, (x,)))
+
+
+def test_folding_leaves_the_argument_alone():
+    net = normed()
+    before = helpers.weight_state(net)
+    convert(net)
+    assert helpers.same_state(net.state_dict(), before)
+    assert net.training
+
+
+@pytest.mark.parametrize("tokens", [3, 8])
+def test_a_norm_over_another_axis_is_not_folded(tokens):
+    """BatchNorm1d after a linear layer on three axes normalises axis 1, not the layer's units."""
+    net = nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(tokens))
+    net(3 * torch.randn(64, tokens, 10) * torch.arange(1.0, tokens + 1)[:, None] + 1)
+    net.eval()
+    x = torch.randn(5, tokens, 10)
+    assert torch.allclose(helpers.outputs_of(net(x)), mean_outputs(convert(net).eval(), (x,)), rtol=1e-4, atol=1e-5)
+
+
+# --- where ---
+
+
+def test_where_chooses_the_modules_whose_parameters_are_coded():
+    net = helpers.TinyNet()
+    seen = []
+
+    def where(name: str, module: nn.Module) -> bool:
+        seen.append(name)
+        return isinstance(module, nn.Linear)
+
+    bnn = convert(net, where=where)
+    assert set(posteriors(bnn)) == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
+    assert [e.name for e in conversion(bnn).of_kind("raw")] == ["conv.weight", "conv.bias"]
+    assert conversion(bnn).raw_bytes == 4 * (72 + 8)
+    assert {"conv", "fc1", "fc2"} <= set(seen)
+    assert conversion(bnn).links == (miracle_ban.structure.Link("fc1", "fc2", 1),)
+    x = torch.randn(2, 1, 8, 8)
+    assert helpers.outputs_of(net(x)).equal(mean_outputs(bnn, (x,)))
+
+
+def test_where_with_folded_norms_computes_the_same():
+    net = normed().eval()
+    x = torch.randn(6, 1, 8, 8)
+    bnn = convert(net, where=lambda name, module: isinstance(module, nn.Linear)).eval()
+    assert torch.allclose(helpers.outputs_of(net(x)), mean_outputs(bnn, (x,)), rtol=1e-5, atol=1e-5)
+
+
+def test_prior_scales_per_unit():
+    bnn = convert(Scalars(), per_unit=True)
+    assert bool(torch.isfinite(kl(bnn)))
+    held = posteriors(bnn)
+    assert held["inner.weight"].group_second_moment().shape == (3, 1)
+    assert held["inner.bias"].group_second_moment().shape == (3,)
+
+
+# --- what cannot be converted ---
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self):
+        return {"calls": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.ReLU(),
+        lambda: nn.Sequential(),
+        lambda: "network",
+        lambda: None,
+        lambda: {"weight": torch.ones(3)},
+        lambda: convert(nn.Linear(2, 2)),
+        lambda: nn.Sequential(convert(nn.Linear(2, 2)), nn.Linear(2, 2)),
+        lambda: nn.LazyLinear(3),
+        lambda: WithExtraState(2, 2),
+        lambda: torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.ReLU())),
+    ],
+    ids=["no parameters", "empty", "text", "None", "state dict", "converted", "partly converted", "lazy", "extra state", "scripted"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_cannot_be_converted_is_refused(make):
+    with pytest.raises(MiracleError):
+        convert(make())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(bad):
+    net = helpers.TinyNet()
+    with torch.no_grad():
+        net.fc1.bias[3] = bad
+    with pytest.raises(UnsupportedModelError, match=r"fc1\.bias holds 1 "):
+        convert(net)
+
+
+def test_a_where_that_chooses_nothing_is_refused():
+    with pytest.raises(UnsupportedModelError, match="where"):
+        convert(helpers.TinyNet(), where=lambda name, module: False)
+
+
+def test_only_converted_models_have_a_conversion():
+    with pytest.raises(MismatchError, match="convert"):
+        conversion(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="convert"):
+        kl(nn.Linear(2, 2))
+
+
+def test_forward_in_draw_mode_differs_from_call_to_call_and_mean_mode_does_not():
+    bnn, x = convert(helpers.TinyNet()), torch.randn(2, 1, 8, 8)
+    assert not bnn(x).equal(bnn(x))
+    assert mean_outputs(bnn, (x,)).equal(mean_outputs(bnn, (x,)))
+    assert F.cross_entropy(bnn(x), torch.tensor([0, 1])).requires_grad

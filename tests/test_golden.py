@@ -1,0 +1,82 @@
+"""Files that must decode to the same bits for ever; see make_golden.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import helpers
+import make_golden
+import pytest
+import torch
+
+from miracle_ban import decode
+from miracle_ban import open as open_archive
+from miracle_ban.container import CODERS, FORMAT_VERSION, parse
+
+FILES = sorted(p.name for p in make_golden.FOLDER.glob("v*_*.mban"))
+
+
+@pytest.fixture(scope="module")
+def manifest() -> dict:
+    return json.loads(make_golden.MANIFEST.read_text())
+
+
+def test_the_manifest_lists_just_the_files_that_there_are(manifest):
+    assert sorted(manifest) == sorted(p.name for p in make_golden.FOLDER.glob("*.mban"))
+    assert len(manifest) >= 10
+
+
+def entries(said: dict) -> list[tuple[str, tuple[int, ...], str]]:
+    return [(name, tuple(shape), dtype) for name, shape, dtype in said["entries"]]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_golden_files_decode_to_the_same_bits_for_ever(manifest, name):
+    said, path = manifest[name], make_golden.FOLDER / name
+    data = path.read_bytes()
+    assert len(data) == said["bytes"] <= 2048
+    assert hashlib.sha256(data).hexdigest() == said["sha256"]
+    archive = open_archive(path)
+    named = archive.names
+    state = decode(archive) if named else decode(archive, helpers.Holder(entries(said)))
+    assert [(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in state.items()] == entries(said)
+    assert make_golden.weights_digest(state) == said["weights_sha256"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_golden_files_agree_with_the_format_by_hand(manifest, name):
+    archive = parse((make_golden.FOLDER / name).read_bytes())
+    for r, (own, shape, dtype) in zip(archive.records, entries(manifest[name]), strict=True):
+        r.name, r.shape, r.dtype = own, shape, dtype
+    for i, r in enumerate(archive.records):
+        if r.kind == "coded":
+            by_hand = torch.from_numpy(helpers.decode_by_hand(archive, i))
+            assert torch.equal(by_hand.to(getattr(torch, str(r.dtype))), archive[str(r.name)])
+
+
+def test_the_archives_of_today_are_the_files_of_then(manifest):
+    """The writer, too, is frozen; only the zlib stream of the names may differ between machines."""
+    for name, archive in make_golden.archives().items():
+        if not archive.names:
+            assert archive.to_bytes() == (make_golden.FOLDER / name).read_bytes()
+        again, then = parse(archive.to_bytes()), parse((make_golden.FOLDER / name).read_bytes())
+        for r, s in zip(again.records, then.records, strict=True):
+            assert (r.kind, r.kept, r.constant, r.raw_dtype, r.data, r.alias) == (s.kind, s.kept, s.constant, s.raw_dtype, s.data, s.alias)
+            assert r.prior_codes.tolist() == s.prior_codes.tolist()
+            assert r.index.tolist() == s.index.tolist()
+
+
+def test_the_golden_files_cover_the_format():
+    archives = [parse((make_golden.FOLDER / n).read_bytes()) for n in FILES]
+    records = [r for a in archives for r in a.records]
+    assert FORMAT_VERSION == 1
+    assert CODERS == ("gprs", "minimal-random", "rejection", "ordered-random", "a-star", "trellis")
+    assert {r.kind for r in records} == {"coded", "constant", "raw", "alias"}
+    assert {a.names for a in archives} == {True, False}
+    assert {"gprs", "minimal-random"} <= {a.coder for a in archives}
+    assert max(a.seed for a in archives) == (1 << 64) - 1
+    assert any(len(r.prior_codes) > 1 and (r.prior_codes == 0).any() and (r.prior_codes > 0).any() for r in records)
+    assert any(r.kept[1] is not None for r in records)
+    assert any(r.kept[0] is not None and r.kept[1] is None for r in records)
+    assert max(int(r.index.max(initial=0)) for r in records) > 1 << 28
