@@ -1,11 +1,11 @@
 """The state of interrupted work on disk: written whole or not at all, read without running any code from it.
 
-Leans on `layers` and torch only.
+Leans on `layers` and `files`.
 """
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .errors import CodingError
+from .files import write_whole
 from .layers import posteriors
 
 _HELD = ("mean", "log_std", "fixed", "value", "prior_std")
@@ -22,15 +23,11 @@ def write(path: Path, content: dict[str, Any]) -> None:
     """Write numbers, strings, tensors, lists and dictionaries; the old file stays whole until the new one is.
 
     Raises:
-        CodingError: the file cannot be written.
+        MiracleError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise CodingError(f"cannot write the checkpoint {path}: {error}") from None
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())
 
 
 def read(path: Path, *, stage: str, expected: dict[str, Any]) -> dict[str, Any] | None:

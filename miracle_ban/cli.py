@@ -12,7 +12,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from .decode import open as open_archive
 from .demo import check, run, weights_sha256
 from .encode import compress
 from .errors import MiracleError, MismatchError
+from .files import write_whole
 from .layers import posteriors
 from .sources import load_checkpoint, load_data, load_into, load_model, try_batch
 
@@ -233,25 +233,6 @@ def _writable(path: Path | None) -> None:
         raise MiracleError(f"cannot write {path}: the folder is not writable")
 
 
-def _write(path: Path, data: bytes) -> int:
-    """Write a file so that it is the old one or the new one, never a part; returns its size."""
-    _writable(path)
-    handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return len(data)
-
-
 # --- what a file holds -------------------------------------------------------------------------------------------------
 
 
@@ -413,7 +394,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     result = {"file": str(args.output), "tensors": rows, **_totals(rows, size), "stages": seconds, "seconds": sum(seconds.values())}
     if args.report is not None:
         report = {**archive.info, "tensors": rows, "codeword_bits": _codeword_bits(archive).tolist(), "file": str(args.output)}
-        _write(args.report, json.dumps(_finite(report), allow_nan=False).encode())
+        write_whole(args.report, json.dumps(_finite(report), allow_nan=False).encode())
         result["report"] = str(args.report)
     return result
 
@@ -510,7 +491,7 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
         data = to_safetensors(apart, metadata={"format": "pt"})
     except Exception as error:
         raise MiracleError(f"these weights do not fit in a safetensors file: {error}") from error
-    size = _write(args.output, data)
+    size = write_whole(args.output, data)
     return {
         "file": str(args.file),
         "output": str(args.output),
@@ -582,7 +563,7 @@ def _plot(args: argparse.Namespace) -> dict[str, Any]:
     items = [_plot_item(args, path) for path in args.what]
     drawings = [_drawing(item) for item in items]
     data = plots.plot_page([d for d, _ in drawings], [h for _, h in drawings], suffix=args.output.suffix)
-    _write(args.output, data)
+    write_whole(args.output, data)
     return {"output": str(args.output), "drawn": items}
 
 

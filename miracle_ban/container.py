@@ -50,8 +50,9 @@ _ITEM_BYTES = (8, 4, 2, 2, 8, 4, 2, 1, 1, 1, 8, 16, 2, 4, 8, 1)
 _KINDS = ("coded", "constant", "raw", "alias")
 _MAX_RECORDS = 1 << 20
 _MAX_DIMENSIONS = 32
+_LONGEST_NAME = 2000
 _VALUES_PER_BIT = 1 << 12  # a file may declare at most this many values for each of its bits ...
-_FREE_VALUES = 1 << 20  # ... and this many whatever its size
+_FREE_VALUES = 1 << 24  # ... and this many whatever its size
 
 Kept = tuple[int | None, int | None]
 
@@ -212,6 +213,12 @@ def _write(archive: Archive) -> bytes:
         r.bits = out.length - before
     out.align()
     body = out.to_bytes() + b"".join(r.data for r in archive.records if r.kind == "raw")
+    if archive.names:
+        values = sum(math.prod(r.shape or ()) for r in archive.records)
+        if values > max(_FREE_VALUES, _VALUES_PER_BIT * 8 * len(body)) or any(len(str(r.name)) > _LONGEST_NAME for r in archive.records):
+            raise MismatchError(
+                f"{values} values in {len(body)} bytes, or a name over {_LONGEST_NAME} letters: write this file with names=False"
+            )
     return MAGIC + b"%d" % FORMAT_VERSION + crc32(body).to_bytes(4, "little") + body
 
 
@@ -302,8 +309,10 @@ def parse(data: bytes) -> Archive:
     heads = _read_names(source, count, 8 * len(data)) if names else [(None, None, None)] * count
     blocks: list[int] = []
     raw_bytes: list[int] = []
+    kinds: list[str] = []
     for i in range(count):
-        archive.records.append(_read_record(source, i, blocks, raw_bytes))
+        archive.records.append(_read_record(source, kinds, blocks, raw_bytes))
+        kinds.append(archive.records[-1].kind)
         archive.records[-1].dtype, archive.records[-1].shape, archive.records[-1].name = heads[i]
     for r, number in zip([r for r in archive.records if r.kind == "coded"], blocks, strict=True):
         before = source.position
@@ -358,7 +367,8 @@ def _read_names(source: BitReader, count: int, file_bits: int) -> list[tuple[str
     return heads
 
 
-def _read_record(source: BitReader, position: int, blocks: list[int], raw_bytes: list[int]) -> Record:
+def _read_record(source: BitReader, kinds: list[str], blocks: list[int], raw_bytes: list[int]) -> Record:
+    position = len(kinds)
     what = f"tensor {position}"
     kind = 0
     while kind < 3 and not source.read(1, what):
@@ -377,8 +387,8 @@ def _read_record(source: BitReader, position: int, blocks: list[int], raw_bytes:
         raw_bytes.append(source.read_golomb(8, what, limit=source.left // 8))
     else:
         record.alias = source.read_golomb(3, what, limit=max(position - 1, 0))
-        if record.alias >= position:
-            raise CorruptError(f"{what} repeats tensor {record.alias}, which does not stand before it")
+        if record.alias >= position or kinds[record.alias] == "alias":
+            raise CorruptError(f"{what} repeats tensor {record.alias}, which is no tensor of its own before it")
     return record
 
 

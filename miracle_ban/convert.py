@@ -103,6 +103,7 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"convert() takes an nn.Module, not {type(model).__name__}")
+    _check_kind(model)
     if posteriors(model):
         raise UnsupportedModelError("this model is already converted; pass the original network")
     _check_finite(model)
@@ -114,6 +115,9 @@ def convert(
     constants = _fold_norms(net, structure) if fold else {}
     aliases = _aliases(net)
     chosen = _chosen_parameters(net, where, skip=set(constants))
+    for name, first in aliases.items():  # a tied weight is coded if any of its uses is chosen
+        if name in chosen or first in chosen:
+            chosen[name] = chosen[first] = chosen[name] if name in chosen else chosen[first]
     if not chosen:
         kinds = sorted({type(m).__name__ for m in model.modules()})
         raise UnsupportedModelError(f"no parameter to code among the modules {', '.join(kinds)}: is `where` too narrow?")
@@ -163,6 +167,17 @@ def drop_units(model: nn.Module, link: Link, keep: Tensor, optimizer: torch.opti
             producer.select(0, keep, optimizer)
     inputs = (keep[:, None] * link.multiplicity + torch.arange(link.multiplicity, device=keep.device)).flatten()
     held[f"{link.consumer}.weight"].select(1, inputs, optimizer)
+
+
+def _check_kind(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError("a scripted module cannot be converted: pass the network that it was scripted from")
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise UnsupportedModelError(f"{', '.join(lazy[:5])} has no shape yet: run one batch through the lazy modules first")
+    extra = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if extra:
+        raise UnsupportedModelError(f"the state dict holds {', '.join(extra[:5])}, which is not a tensor and cannot be stored")
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -6,9 +6,7 @@ same on every machine. Leans on `container`, `blocks` and, for the public functi
 
 from __future__ import annotations
 
-import builtins
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import candidate_values, layout
-from .container import Archive, Record, check_shapes, fingerprint, live_count, parse, prior_std, resolve_kept
+from .container import RAW_DTYPES, Archive, Record, check_shapes, fingerprint, live_count, parse, prior_std, resolve_kept
 from .errors import FileFormatError, MiracleError, MismatchError
+from .files import write_whole
 
 
 def decode_array(archive: Archive, number: int) -> np.ndarray:
@@ -78,7 +77,7 @@ def _tensor(archive: Archive, number: int) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
     if source.kind == "raw" and source.raw_dtype == "bfloat16":
         tensor = tensor.view(torch.bfloat16)
-    wanted = getattr(torch, str(record.dtype), None)
+    wanted = getattr(torch, str(record.dtype), None) if record.dtype in RAW_DTYPES else None
     if not isinstance(wanted, torch.dtype):
         raise FileFormatError(f"tensor {record.name} is of dtype {record.dtype!r}, which this torch does not have")
     return tensor.to(wanted)
@@ -172,25 +171,9 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device
 def save(archive: Archive, path: str | os.PathLike[str]) -> int:
     """Write the archive to `path` and return its size in bytes.
 
-    The old file stays whole until the new one is: written beside it, flushed to the disk, then renamed over it.
+    The old file stays whole until the new one is (`files.write_whole`).
 
     Raises:
         MiracleError: the folder does not exist or is not writable, or the disk is full.
     """
-    data, path = archive.to_bytes(), Path(path)
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with builtins.open(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise MiracleError(f"cannot write {path}: {error.strerror or error}; an existing file there is unchanged") from None
-    return len(data)
+    return write_whole(Path(path), archive.to_bytes())

@@ -122,6 +122,8 @@ def encode(
     saved = checkpoints.read(Path(checkpoint), stage="encode", expected=settings) if checkpoint is not None else None
     if saved is not None:
         checkpoints.restore_posteriors(model, saved["posteriors"])
+    else:
+        _check_fresh(model)
     codes = freeze_priors(model) if saved is None else {name: v.numpy() for name, v in saved["codes"].items()}
     archive = skeleton(model, coder=coder, seed=seed, names=with_names, codes=codes)
     side = side_bits(archive)
@@ -226,6 +228,11 @@ def compress(
     if stage["fit"] is not None:
         stage["fit"].unlink(missing_ok=True)
     return archive
+
+
+def _check_fresh(model: nn.Module) -> None:
+    if any(bool(p.fixed.any()) for p in posteriors(model).values()):
+        raise CodingError("this model is encoded already, its weights are fixed: convert and fit it again, or keep the first archive")
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 A `Posterior` holds the mean and log standard deviation of one tensor's weights and knows their prior. Layers read their
 weights through it: `Linear` and the convolutions by local reparametrisation (the noise is drawn on the layer's output,
 Kingma et al. 2015, arXiv 1506.02557), everything else by a direct draw of the weights (`drawing_class`).
-Leans on torch only.
+Leans on torch and `errors`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .errors import MismatchError
 
 _MIN_OUTPUT_VARIANCE = 1e-12  # keeps sqrt differentiable where every weight of a layer is fixed
 INITIAL_RELATIVE_STD = 0.1  # of the tensor's root mean square: about 3.3 bits of KL a weight to begin with
@@ -279,9 +281,9 @@ def kl(model: nn.Module) -> Tensor:
         A scalar tensor that carries gradients.
 
     Raises:
-        ValueError: the model has no posteriors.
+        MismatchError: the model has no posteriors.
     """
     held = posteriors(model)
     if not held:
-        raise ValueError("kl() needs a converted model: call miracle_ban.convert(model) first")
+        raise MismatchError("kl() needs a converted model: call miracle_ban.convert(model) first")
     return torch.stack([p.kl() for p in held.values()]).sum()

@@ -6,8 +6,6 @@ training is steered by. Leans on `layers`, `convert`, `container`, `coders`.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import nn
@@ -84,12 +82,14 @@ def skeleton(model: nn.Module, *, coder: Coder, seed: int, names: bool, codes: d
         record = Record(entry.kind, name=entry.name, shape=entry.shape, dtype=str(entry.dtype).removeprefix("torch."))
         if entry.kind == "coded":
             p = held[entry.name]
-            record.prior_codes = codes[entry.name] if codes is not None else np.ones(p.mean.shape[0] if p.per_unit else 1, np.uint8)
+            record.prior_codes = (
+                codes[entry.name] if codes is not None else np.ones(p.mean.shape[0] if p.per_unit and p.mean.dim() else 1, np.uint8)
+            )
             record.index = np.ones(1, np.int64)
         elif entry.kind == "constant":
             record.constant = entry.constant
         elif entry.kind == "raw":
-            record.raw_dtype, record.data = _raw(state[entry.name])
+            record.raw_dtype, record.data = _raw(entry.name, state[entry.name])
         else:
             record.alias = order.index(str(entry.alias_of))
         if any(c in entry.name for c in "\n\r"):
@@ -135,18 +135,19 @@ def _kept(account: Conversion, held: dict[str, Posterior]) -> list[tuple[int | N
     return result
 
 
-def _raw(tensor: torch.Tensor) -> tuple[str, bytes]:
-    """Storage dtype and little-endian bytes of a tensor that stays raw; floating-point statistics in 16 bits."""
+def _raw(name: str, tensor: torch.Tensor) -> tuple[str, bytes]:
+    """Storage dtype and little-endian bytes of a tensor that stays raw; running statistics of norms in 16 bits."""
     tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype in (torch.float32, torch.float64) and math.prod(tensor.shape) > 1 and _survives_half(tensor):
+    statistics = name.rpartition(".")[2] in ("running_mean", "running_var")
+    if statistics and tensor.dtype in (torch.float32, torch.float64) and _survives_half(tensor):
         tensor = tensor.half()
-    name = str(tensor.dtype).removeprefix("torch.")
+    dtype = str(tensor.dtype).removeprefix("torch.")
     if tensor.dtype == torch.bfloat16:
-        return name, tensor.view(torch.uint16).numpy().astype("<u2").tobytes()
-    if name not in RAW_DTYPES:
-        raise MismatchError(f"a raw tensor of dtype {name} cannot be stored; there are {', '.join(RAW_DTYPES)}")
+        return dtype, tensor.view(torch.uint16).numpy().astype("<u2").tobytes()
+    if dtype not in RAW_DTYPES:
+        raise MismatchError(f"a raw tensor of dtype {dtype} cannot be stored; there are {', '.join(RAW_DTYPES)}")
     array = tensor.numpy()
-    return name, array.astype(array.dtype.newbyteorder("<")).tobytes()
+    return dtype, array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
 def _survives_half(tensor: torch.Tensor) -> bool:

@@ -13,19 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-_PER_UNIT_MODULES = (
+_ELEMENTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus,
-    nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Identity, nn.Dropout,
 )  # fmt: skip
-_PER_UNIT_FUNCTIONS = {
-    torch.relu, F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, torch.sigmoid, torch.tanh, F.softplus,
-    F.hardswish, F.dropout, F.dropout2d, F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool2d, F.avg_pool1d,
-    F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
+_ELEMENTWISE_FUNCTIONS = {
+    torch.relu, F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, torch.sigmoid, torch.tanh, F.softplus, F.hardswish, F.dropout,
 }  # fmt: skip
-_PER_UNIT_METHODS = {"relu", "sigmoid", "tanh", "contiguous"}
-_WEIGHT_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ELEMENTWISE_METHODS = {"relu", "sigmoid", "tanh", "contiguous"}
+# these treat each channel of a convolution alone, but would mix the units of a linear layer
+_PER_CHANNEL_MODULES = (
+    nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+)  # fmt: skip
+_PER_CHANNEL_FUNCTIONS = {
+    F.dropout2d, F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool2d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
+}  # fmt: skip
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_WEIGHT_MODULES = (nn.Linear, *_CONVOLUTIONS)
 _FOLDABLE: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     nn.BatchNorm1d: (nn.Linear, nn.Conv1d),
     nn.BatchNorm2d: (nn.Conv2d,),
@@ -61,35 +67,67 @@ def trace(model: nn.Module) -> Structure:
     for node in graph.nodes:
         if node.op == "call_module":
             calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-    shared = _names_of_shared_tensors(model)
+    used_elsewhere = _names_of_shared_tensors(model) | {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
+
+    def alone(name: str) -> bool:
+        return calls.get(name) == 1 and name not in used_elsewhere
+
     links, norms = [], []
     for node in graph.nodes:
-        if node.op != "call_module" or calls[str(node.target)] > 1 or str(node.target) in shared:
+        if node.op != "call_module" or not alone(str(node.target)) or type(modules[str(node.target)]) not in _WEIGHT_MODULES:
             continue
         layer = modules[str(node.target)]
-        if isinstance(layer, _WEIGHT_MODULES):
-            norm = _only_user(node)
-            single = norm is not None and norm.op == "call_module" and calls[str(norm.target)] == 1
-            if norm is not None and single and _folds(layer, modules[str(norm.target)]):
-                norms.append((str(node.target), str(norm.target)))
-            found = _follow(node, modules)
-            if found is not None and calls[found[0]] == 1 and found[0] not in shared:
-                consumer = modules[found[0]]
-                multiplicity = _multiplicity(layer, consumer, flattened=found[1])
-                if multiplicity:
-                    links.append(Link(str(node.target), found[0], multiplicity))
+        norm = _only_reader(node)
+        if norm is not None and norm.op == "call_module" and alone(str(norm.target)) and _folds(node, layer, modules, str(norm.target)):
+            norms.append((str(node.target), str(norm.target)))
+        found = _follow(node, modules)
+        if found is not None and alone(found[0]):
+            multiplicity = _multiplicity(layer, modules[found[0]], flattened=found[1])
+            if multiplicity:
+                links.append(Link(str(node.target), found[0], multiplicity))
     return Structure(tuple(links), tuple(norms))
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 else None
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    """The one node that reads this node's values; nodes that only ask for the batch size do not count."""
+    readers = [user for user in node.users if not _asks_batch_size(user)]
+    return readers[0] if len(readers) == 1 else None
 
 
-def _folds(layer: nn.Module, norm: nn.Module) -> bool:
-    if not isinstance(layer, _FOLDABLE.get(type(norm), ())) or type(layer) not in _WEIGHT_MODULES:
+def _asks_batch_size(node: fx.Node) -> bool:
+    if _is_batch_size(node):
+        return True
+    asks_shape = (node.op == "call_function" and node.target is getattr and node.args[1:] == ("shape",)) or (
+        node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
+    )
+    return asks_shape and bool(node.users) and all(_is_batch_size(user) for user in node.users)
+
+
+def _folds(node: fx.Node, layer: nn.Module, modules: dict[str, nn.Module], norm_name: str) -> bool:
+    """Whether the norm acts on the layer's output units, each alone, with fixed statistics."""
+    norm = modules[norm_name]
+    if not isinstance(layer, _FOLDABLE.get(type(norm), ())):
         return False
-    return bool(norm.track_running_stats and norm.affine)
+    if isinstance(layer, nn.Linear) and not _is_matrix(node.args[0], modules):
+        return False  # BatchNorm1d looks at axis 1, which is the layer's units only if there are two axes
+    return bool(norm.track_running_stats and norm.affine and norm.num_features == _weight(layer).shape[0])
+
+
+def _is_matrix(node: object, modules: dict[str, nn.Module]) -> bool:
+    """Whether the graph shows that a value has just two axes: it was flattened, and nothing since could add one."""
+    if not isinstance(node, fx.Node):
+        return False
+    if _flattens(node):
+        return True
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if isinstance(module, nn.Flatten):
+            return (module.start_dim, module.end_dim) == (1, -1)
+        if type(module) not in (*_ELEMENTWISE_MODULES, nn.Linear, nn.BatchNorm1d):
+            return False
+    elif not _elementwise_call(node):
+        return False
+    return _is_matrix(node.args[0], modules)
 
 
 def _names_of_shared_tensors(model: nn.Module) -> set[str]:
@@ -104,32 +142,34 @@ def _names_of_shared_tensors(model: nn.Module) -> set[str]:
 
 def _follow(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, bool] | None:
     """Walk from a layer through per-unit operations to the one layer that reads its units: (name, was flattened)."""
+    channels = isinstance(modules[str(node.target)], _CONVOLUTIONS)  # units are on axis 1, not on the last
     flattened = False
     while True:
-        user = _only_user(node)
+        user = _only_reader(node)
         if user is None:
             return None
+        per_channel = channels and not flattened
         if user.op == "call_module":
             module = modules[str(user.target)]
             if type(module) in _WEIGHT_MODULES:
                 return str(user.target), flattened
-            if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
+            if per_channel and isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
                 flattened = True
-            elif type(module) not in _PER_UNIT_MODULES:
+            elif type(module) not in _ELEMENTWISE_MODULES and not (per_channel and type(module) in _PER_CHANNEL_MODULES):
                 return None
-        elif user.args and user.args[0] is not node:
+        elif not user.args or user.args[0] is not node:
             return None
-        elif _flattens(user):
+        elif per_channel and _flattens(user):
             flattened = True
-        elif not _per_unit_call(user):
+        elif not _elementwise_call(user) and not (per_channel and user.op == "call_function" and user.target in _PER_CHANNEL_FUNCTIONS):
             return None
         node = user
 
 
-def _per_unit_call(node: fx.Node) -> bool:
+def _elementwise_call(node: fx.Node) -> bool:
     if node.op == "call_method":
-        return str(node.target) in _PER_UNIT_METHODS
-    return node.op == "call_function" and node.target in _PER_UNIT_FUNCTIONS
+        return str(node.target) in _ELEMENTWISE_METHODS
+    return node.op == "call_function" and node.target in _ELEMENTWISE_FUNCTIONS
 
 
 def _flattens(node: fx.Node) -> bool:
@@ -158,13 +198,11 @@ def _multiplicity(producer: nn.Module, consumer: nn.Module, *, flattened: bool) 
     """Inputs of the consumer for each unit of the producer; 0 where units are not separate inputs."""
     if getattr(producer, "groups", 1) != 1 or getattr(consumer, "groups", 1) != 1:
         return 0
-    out_units, in_units = int(_shape(producer)[0]), int(_shape(consumer)[1])
-    if in_units == out_units and not (isinstance(consumer, nn.Linear) and not isinstance(producer, nn.Linear) and not flattened):
-        return 1
-    if flattened and isinstance(consumer, nn.Linear) and in_units % out_units == 0:
-        return in_units // out_units
-    return 0
+    out_units, in_units = int(_weight(producer).shape[0]), int(_weight(consumer).shape[1])
+    if flattened:
+        return in_units // out_units if isinstance(consumer, nn.Linear) and in_units % out_units == 0 else 0
+    return int(type(producer) is type(consumer) and in_units == out_units)
 
 
-def _shape(layer: nn.Module) -> torch.Size:
-    return layer.get_parameter("weight").shape
+def _weight(layer: nn.Module) -> torch.Tensor:
+    return layer.get_parameter("weight")

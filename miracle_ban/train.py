@@ -34,6 +34,7 @@ LOG_STD_RATE = 5.0  # learning rate of log_std over that of the means
 BLOCK_BITS = 14.0  # KL of one block
 FIRST_BETA = 0.02  # low: the KL is to come down slowly, from above
 LARGEST_START = 8.0  # the descent begins at most at this many times the budget
+SHORT_RUN_RESPONSE = 4.0  # see Steering
 SLOW_GAIN = 0.02  # largest relative change of beta a step
 LOG_EVERY = 20  # steps
 SILENT_BITS = 3.0  # KL of all weights into, or out of, a hidden unit, under which it is dropped
@@ -88,6 +89,8 @@ class Feed:
     """
 
     def __init__(self, batches: Iterable, device: torch.device, num_examples: int | None = None):
+        if not isinstance(batches, Iterable):
+            raise MiracleError(f"batches must be an iterable of (inputs, targets), such as a DataLoader, not {type(batches).__name__}")
         if isinstance(batches, Iterator):
             raise MiracleError("batches must be iterable more than once: pass a DataLoader or a list, not an iterator")
         self.batches, self.device = batches, device
@@ -127,7 +130,9 @@ class Feed:
 
 
 def _batch_size(batch: Any) -> int:
-    first = batch[0] if isinstance(batch, (tuple, list)) else batch
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(first, Sized):
+        raise MiracleError(f"cannot count the examples of a batch whose inputs are {type(first).__name__}: pass num_examples")
     return len(first)
 
 
@@ -241,11 +246,12 @@ def fit(
             target = weights_per_bit * 8 * budget_bytes
             _narrow(model, feed, loss, target, max(1, round(narrow_epochs * per_epoch)), learning_rate / 4, progress)
         with_names = carries_names(names, model, None if budget_bytes is None else 8.0 * budget_bytes)
-        side = side_bits(skeleton(model, coder=coder, seed=0, names=with_names))
+        side = side_bits(skeleton(model, coder=coder, seed=0, names=with_names)) if saved is None else saved["side"]
         goal = None if budget_bytes is None else index_budget_bits(budget_bytes, side)
         report = FitReport(budget_bytes, feed.num_examples, steps=max(1, round(epochs * per_epoch)))
         gain = max(SLOW_GAIN, 30.0 / report.steps)  # a short run must be able to cross four decades of beta, too
-        steering = Steering(beta if goal is None else FIRST_BETA, gain=gain)
+        response = 0.0 if gain == SLOW_GAIN else SHORT_RUN_RESPONSE  # and so coarse an integral needs damping
+        steering = Steering(beta if goal is None else FIRST_BETA, gain=gain, response=response)
         course = _Course(model, feed, loss, coder, block_bits, steering, learning_rate, goal, report.steps, drop=narrow)
         if saved is not None:
             course.restore(saved["course"])
@@ -261,7 +267,7 @@ def fit(
                 if callback is not None:
                     callback(row)
             if checkpoint is not None and (course.step % per_epoch == 0 or course.step == report.steps):
-                content = {"stage": "fit", "settings": settings, "posteriors": checkpoints.posterior_state(model)}
+                content = {"stage": "fit", "settings": settings, "side": side, "posteriors": checkpoints.posterior_state(model)}
                 checkpoints.write(
                     Path(checkpoint),
                     {**content, "course": course.state(), "history": report.history, "seconds": time.monotonic() - started},
@@ -302,6 +308,7 @@ class _Course:
         warm_up = min(0.1, 200 / steps + 0.02)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rates, total_steps=steps + 1, pct_start=warm_up)
         self.step = 0
+        self.beta = steering.beta  # of the next step
         self.running = 0.0  # mean loss of the latest steps
         self.bits_per_nat = 1.0 / NATS_PER_BIT
         self.first = self.forecast()
@@ -316,7 +323,7 @@ class _Course:
 
     def advance(self) -> dict[str, float]:
         """One step; returns its row of the history, `predicted_bits` being those of the codewords."""
-        step, beta = self.step, self.steering.beta
+        step, beta = self.step, self.beta
         value, kl_nats = train_step(self.model, self.feed.next(), self.loss, self.optimizer, beta=beta, num_examples=self.feed.num_examples)
         self.schedule.step()
         self.running = value if step == 0 else 0.98 * self.running + 0.02 * value
@@ -324,7 +331,8 @@ class _Course:
             self.forecast()
         predicted = self.bits_per_nat * kl_nats
         if self.goal is not None:
-            self.steering.update(predicted, _target(step / self.steps, min(self.first, LARGEST_START * self.goal), self.goal))
+            target = _target(step / self.steps, min(self.first, LARGEST_START * self.goal), self.goal)
+            self.beta = self.steering.update(predicted, target)
             if self.drop and (step + 1) % max(1, self.steps // 10) == 0 and step >= 0.3 * self.steps:
                 _drop_silent_units(self.model, self.optimizer)
         self.step += 1
@@ -337,14 +345,15 @@ class _Course:
         """Everything but the posteriors; at the end of an epoch, where the feed begins a new pass."""
         self.feed.restart()
         return {
-            "step": self.step, "running": self.running, "bits_per_nat": self.bits_per_nat, "first": self.first, "beta": self.steering.beta,
-            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "generator": torch.get_rng_state(),
+            "step": self.step, "running": self.running, "bits_per_nat": self.bits_per_nat, "first": self.first,
+            "beta": self.steering.beta, "next_beta": self.beta, "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(), "generator": torch.get_rng_state(),
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
         self.step, self.running, self.bits_per_nat = state["step"], state["running"], state["bits_per_nat"]
-        self.first, self.steering.beta = state["first"], state["beta"]
+        self.first, self.steering.beta, self.beta = state["first"], state["beta"], state["next_beta"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["generator"])

@@ -103,7 +103,7 @@ def main() -> None:
         print(json.dumps({"error": error, "sha256_weights": digest}))
         return
     if args.smoke:
-        data = {part: (x[:2000], y[:2000]) for part, (x, y) in data.items()}
+        data = {part: (x[:1000], y[:1000]) for part, (x, y) in data.items()}
         args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 20, 1, 3, 2, "4 kB"
     batches = Batches(*data["train"], size=BATCH, mean=INPUT_MEAN, std=INPUT_STD, distortion=DISTORTION)
     args.work.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # the house of the design, top to bottom: a module imports only from those above it
 ORDER = [
-    "errors", "bits", "randomness", "blocks", "container", "gaussian", "coders", "layers", "structure", "convert", "ban", "recursion",
-    "plan", "objective", "checkpoint", "train", "encode", "decode", "sources", "plots", "demo", "cli",
+    "errors", "bits", "files", "randomness", "blocks", "container", "gaussian", "coders", "layers", "structure", "convert",
+    "ban", "recursion", "plan", "objective", "checkpoint", "train", "encode", "decode", "sources", "plots", "demo", "cli",
 ]  # fmt: skip
-FROZEN = {"errors", "bits", "randomness", "blocks", "container", "decode"}
+FROZEN = {"errors", "bits", "files", "randomness", "blocks", "container", "decode"}
 
 SIGNATURES = {
     "convert": ["model", "*", "where"],
@@ -182,7 +182,7 @@ def test_decoding_imports_nothing_of_training():
     assert reach("decode") <= FROZEN
 
 
-@pytest.mark.parametrize("module", ["bits", "randomness", "blocks", "container"])
+@pytest.mark.parametrize("module", ["bits", "files", "randomness", "blocks", "container"])
 def test_the_frozen_core_leans_on_numpy_and_the_standard_library_alone(module):
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
     for node in tree.body:  # what stands under TYPE_CHECKING is for readers

@@ -180,6 +180,10 @@ def chunks(limit: int, first: int = 256) -> list[tuple[int, int]]:
 def _check(mean: Tensor, std: Tensor, prior_std: Tensor) -> None:
     if mean.dim() != 2 or mean.shape != std.shape:
         raise CodingError(f"mean and std must both be [blocks, d], not {tuple(mean.shape)} and {tuple(std.shape)}")
+    try:
+        torch.broadcast_to(prior_std, mean.shape)
+    except RuntimeError:
+        raise CodingError(f"prior_std of shape {tuple(prior_std.shape)} does not broadcast to {tuple(mean.shape)}") from None
     for what, value, positive in (("mean", mean, False), ("std", std, True), ("prior_std", prior_std, True)):
         good = torch.isfinite(value) & (value > 0) if positive else torch.isfinite(value)
         if not bool(good.all()):
