@@ -7,6 +7,7 @@ round, so an interrupted packaging resumes. Leans on `train`, `plan`, `blocks`, 
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
@@ -62,7 +63,7 @@ class State:
     steering: Steering
     block_bits: float
     round: int = 0
-    latest: list[tuple[TensorBlocks, np.ndarray]] = field(default_factory=list)  # the blocks of the latest round
+    rounds: list[list[tuple[TensorBlocks, np.ndarray]]] = field(default_factory=list)  # the blocks coded in each
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -165,10 +166,10 @@ def encode(
                 checkpoints.write(Path(checkpoint), {**content, **_progress(model, optimizer, state)})
             bar.update(_num_coded(state) - bar.n)
     size = _assemble(archive, state)
-    for shortening in np.arange(0.5, 5.1, 0.5):
+    for depth, shortening in itertools.product((1, 4, total), np.arange(0.5, 5.1, 0.5)):
         if budget_bytes is None or size <= budget_bytes:
             break
-        _code_latest_again(state, coder.shortened(float(shortening)), seed, codebook)
+        _code_again(state, depth, coder.shortened(float(shortening)), seed, codebook)
         size = _assemble(archive, state)
     archive.info = _account(state, archive, size, time.monotonic() - started)
     if budget_bytes is not None and size > budget_bytes:
@@ -312,7 +313,7 @@ def _code_round(state: State, coder: coders.Coder, seed: int, codebook: Codebook
             kl_bits = Blocks.of(*_gather(t, rows)).kl_nats().numpy() / NATS_PER_BIT
             waiting.extend((-float(bits), t.number, int(row)) for bits, row in zip(kl_bits, rows, strict=True))
     chosen = sorted(waiting)[:count]
-    state.latest = []
+    coded = []
     for t in state.tensors:
         rows = np.array(sorted(row for _, number, row in chosen if number == t.number), np.int64)
         if not len(rows):
@@ -323,9 +324,10 @@ def _code_round(state: State, coder: coders.Coder, seed: int, codebook: Codebook
         inside = t.place[rows] >= 0
         t.posterior.fix(torch.from_numpy(t.place[rows][inside]), torch.from_numpy(values[inside]))
         t.index[rows], t.coded[rows] = words.index, True
-        state.latest.append((t, rows))
+        coded.append((t, rows))
         t.kl_bits[rows] = Blocks.of(mean, std, prior).kl_nats().numpy() / NATS_PER_BIT
         t.log2_ratio[rows] = words.log_ratio_nats / NATS_PER_BIT
+    state.rounds.append(coded)
 
 
 def _coded(state: State, key: str) -> np.ndarray:
@@ -357,14 +359,15 @@ def _set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
         group["lr"] = factor * learning_rate
 
 
-def _code_latest_again(state: State, coder: coders.Coder, seed: int, codebook: Codebook) -> None:
-    """Code the blocks of the latest round once more, with another coder."""
+def _code_again(state: State, depth: int, coder: coders.Coder, seed: int, codebook: Codebook) -> None:
+    """Code the blocks of the latest `depth` rounds once more, with another coder."""
     count = 0
-    for t, rows in state.latest:
+    for t, rows in itertools.chain.from_iterable(state.rounds[-depth:]):
         inside = t.place[rows] >= 0
         t.posterior.release(torch.from_numpy(t.place[rows][inside]))
         t.coded[rows] = False
         count += len(rows)
+    del state.rounds[-depth:]
     _code_round(state, coder, seed, codebook, count)
 
 

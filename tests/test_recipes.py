@@ -34,7 +34,15 @@ def test_lenet5_recipe_writes_a_file_that_a_fresh_process_decodes_to_the_reporte
     make_mnist(tmp_path / "data")
     results = TOP / "recipes" / "results" / "lenet5_mnist.jsonl"
     before = results.read_bytes() if results.exists() else None
-    command = [sys.executable, str(TOP / "recipes" / "lenet5_mnist.py"), "--smoke", "--data", str(tmp_path / "data"), "--work", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(TOP / "recipes" / "lenet5_mnist.py"),
+        "--smoke",
+        "--data",
+        str(tmp_path / "data"),
+        "--work",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     line = json.loads(done.stdout.splitlines()[-1])
