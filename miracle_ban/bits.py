@@ -74,6 +74,10 @@ class BitWriter:
         table = (values[:, None] >> np.maximum(place, 0)) & 1
         self._append(table[place >= 0].astype(np.uint8))
 
+    def write_bits(self, bits: np.ndarray) -> None:
+        """Single bits, uint8 of 0 and 1."""
+        self._append(np.asarray(bits, np.uint8))
+
     def align(self) -> None:
         """Zeros up to the next byte."""
         self._append(np.zeros(-self.length % 8, np.uint8))

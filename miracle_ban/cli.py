@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import __version__, coders, plots
 from .bits import HuffmanTable, parse_bytes
-from .container import FIXED_LENGTH, FORMAT_VERSION, Archive, Record, live_count, octaves, prior_std, resolve_kept
+from .container import FIXED_LENGTH, FORMAT_VERSION, Archive, Record, live_count, octaves, prior_std, rates, resolve_kept
 from .convert import convert
 from .decode import bind, decode, save
 from .decode import open as open_archive
@@ -256,7 +256,7 @@ def _tensor_row(archive: Archive, number: int, r: Record, live: tuple[int, ...] 
         "prior_std": std,
         "weights": weights,
         "coded_weights": None if live is None else live_count(r, live) if r.kind == "coded" else 0,
-        "blocks": len(r.index) if r.kind == "coded" else 0,
+        "blocks": 0 if r.kind != "coded" else len(r.index) if r.rate is None else max(r.rate.steps, 0),
         "bits": bits,
         "bits_per_weight": bits / weights if weights else None,
     }
@@ -266,7 +266,10 @@ def _tensor_row(archive: Archive, number: int, r: Record, live: tuple[int, ...] 
 
 
 def _codeword_bits(archive: Archive) -> np.ndarray:
-    """Bits of every block's codeword."""
+    """Bits of every block's codeword; of every step's, for the trellis."""
+    if archive.path is not None:
+        known = [r for r in rates(archive).values() if r.count > 0]
+        return np.concatenate([np.zeros(0), *(np.diff(r.bits_before(np.arange(r.steps + 1))) for r in known)]).astype(np.float64)
     index = np.concatenate([r.index for r in archive.records if r.kind == "coded"] or [np.zeros(0, np.int64)])
     if not len(index):
         return np.zeros(0)

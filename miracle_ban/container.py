@@ -4,31 +4,34 @@
     bytes 4-7   CRC-32 of all bytes that follow, little endian
     then bits, most significant first (Gk = exponential Golomb code of order k):
       16 fingerprint of the names and shapes; 1 names follow; 2 reserved, zero; 4 coder; G0 seed
-      coder "minimal-random": 5 bits, the length of an index; any other: the octave table (`bits.HuffmanTable`)
+      coder "minimal-random": 5 bits, the length of an index; "trellis": 5 bits memory, 4 bits log2 of the number of frames;
+      any other: the octave table (`bits.HuffmanTable`)
       G3 number of records
       names, if they follow: G8 length, padding to a byte, zlib stream of lines "dtype d0,d1,... name"
       for each record its kind: 1 coded, 01 constant, 001 raw, 000 alias; then
         coded     1 trimmed? if so G4 units kept on axis 0, then 1 trimmed on axis 1? if so G4 units kept there
                   1 scale per unit? no: 8 bits, the prior code; yes: G4 units - 1, 8 bits middle code, 3 bits order k,
                   then Gk for each unit: 0 dropped, else 1 + zigzag(code - middle)
-                  G2 number of blocks - 1
+                  G2 number of blocks - 1; for the trellis G2 width - 1 and G4 rate - 64
         constant  1 bit: all zero, or all one
         raw       4 bits dtype of the stored values, G8 number of bytes
         alias     G3 number of the record that it repeats
-      the index stream: for each coded record the octaves of all its blocks by the table, then the rest of each index raw
+      the index stream: for each coded record the octaves of all its blocks by the table, then the rest of each index raw;
+      for the trellis the one stream of all steps (`trellis`), as many bits as are left before the raw bytes
       padding to a byte; the raw records' bytes, little endian; nothing after them
 
 Axes that are not trimmed are "as predicted": axis 1 of a weight follows the units kept by the weight before it, a vector
 follows the weight before it, axis 0 of a weight is whole (`resolve_kept`).
 
-Leans on numpy, `bits` and `errors` only.
+Leans on numpy, `bits`, `blocks`, `trellis` and `errors` only.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,13 +39,16 @@ import numpy as np
 from .bits import BitReader, BitWriter, HuffmanTable, crc32
 from .blocks import LARGEST_DIMENSION
 from .errors import CorruptError, MismatchError, NotAnArchiveError, VersionError
+from .trellis import LARGEST_MEMORY, LARGEST_STEP_BITS, LARGEST_WIDTH, RATE_UNIT, Rate, first_bits, words
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MAGIC = b"MBN"
 FORMAT_VERSION = 1
-CODERS = ("gprs", "minimal-random", "rejection", "ordered-random", "a-star", "trellis")
+CODERS = ("gprs", "minimal-random", "rejection", "ordered-random", "a-star", "trellis", "parallel-gprs", "branch-and-bound-gprs",
+          "branch-and-bound-a-star")  # fmt: skip
+TREES = {"branch-and-bound-gprs", "branch-and-bound-a-star"}  # each weight has an index of its own: a node of `tree`
 FIXED_LENGTH = {"minimal-random"}
 RAW_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64", "complex128",
               "uint16", "uint32", "uint64", "opaque")  # fmt: skip
@@ -65,6 +71,7 @@ class Record:
         kept: units kept on axes 0 and 1; None where they are as predicted.
         prior_codes: uint8, one for the tensor or one per kept unit; 0 = dropped.
         index: candidate number of each block, from 1.
+        rate: for the trellis instead; its `count` is -1 until shapes are known.
         name, shape, dtype: known if the file carries names, or once a model has been bound.
     """
 
@@ -72,6 +79,7 @@ class Record:
     kept: Kept = (None, None)
     prior_codes: np.ndarray = field(default_factory=lambda: np.zeros(1, np.uint8))
     index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    rate: Rate | None = None
     constant: int = 0
     raw_dtype: str = "float32"
     data: bytes = b""
@@ -80,6 +88,35 @@ class Record:
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
     bits: float = 0.0
+
+
+@dataclass
+class Path:
+    """The stream of a file of the trellis coder (`trellis`).
+
+    Attributes:
+        memory, log2_frames: see there.
+        bits: uint8 of 0 and 1.
+        starts: for each coded record where its part of each frame begins; known once shapes are.
+    """
+
+    memory: int
+    log2_frames: int = 0
+    bits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    starts: dict[int, np.ndarray] = field(default_factory=dict)
+
+    @functools.cached_property
+    def words(self) -> np.ndarray:
+        """What `trellis.windows` reads."""
+        return words(self.bits)
+
+    def locate(self, rates: dict[int, Rate]) -> int:
+        """Find `starts` for the rates of all coded records, by number; returns the bits that they take together."""
+        if not rates:
+            return 0
+        first = first_bits(list(rates.values()), self.log2_frames)
+        self.starts = {number: first[:, i] for i, number in enumerate(rates)}
+        return sum(r.bits for r in rates.values())
 
 
 @dataclass
@@ -95,6 +132,7 @@ class Archive:
     fingerprint: int = 0
     names: bool = True
     index_bits: int | None = None
+    path: Path | None = None
     info: dict = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
@@ -187,7 +225,11 @@ def _write(archive: Archive) -> bytes:
     out.write_golomb(archive.seed)
     coded = [r for r in archive.records if r.kind == "coded"]
     table = None
-    if archive.coder in FIXED_LENGTH:
+    path = archive.path
+    if path is not None:
+        out.write(path.memory, 5)
+        out.write(path.log2_frames, 4)
+    elif archive.coder in FIXED_LENGTH:
         out.write(archive.index_bits or 1, 5)
     else:
         every = np.concatenate([r.index for r in coded]) if coded else np.ones(0, np.int64)
@@ -202,8 +244,13 @@ def _write(archive: Archive) -> bytes:
         out.write_bytes(packed)
     for r in archive.records:
         _write_record(out, r)
+    if path is not None:
+        out.write_bits(path.bits)
     for r in coded:
         before = out.length
+        if r.rate is not None:
+            r.bits = max(r.rate.bits, 0)  # unknown until shapes are
+            continue
         if table is None:
             out.write_many(r.index - 1, np.full(len(r.index), archive.index_bits))
         else:
@@ -240,7 +287,11 @@ def _write_record(out: BitWriter, r: Record) -> None:
             _write_unit_codes(out, r.prior_codes)
         else:
             out.write(int(r.prior_codes[0]), 8)
-        out.write_golomb(len(r.index) - 1, 2)
+        if r.rate is not None:
+            out.write_golomb(r.rate.width - 1, 2)
+            out.write_golomb(r.rate.rate - RATE_UNIT, 4)
+        else:
+            out.write_golomb(len(r.index) - 1, 2)
     elif r.kind == "constant":
         out.write(r.constant, 1)
     elif r.kind == "raw":
@@ -301,7 +352,11 @@ def parse(data: bytes) -> Archive:
         raise VersionError(f"the file uses coder number {coder_id}, unknown to this release: update miracle_ban")
     archive = Archive([], CODERS[coder_id], source.read_golomb(0, "the seed", limit=(1 << 64) - 1), mark, names)
     table = None
-    if archive.coder in FIXED_LENGTH:
+    if archive.coder == "trellis":
+        archive.path = Path(source.read(5, "the header"), source.read(4, "the header"))
+        if not 1 <= archive.path.memory <= LARGEST_MEMORY:
+            raise CorruptError(f"a trellis with a memory of {archive.path.memory} bits: {LARGEST_MEMORY} is the most")
+    elif archive.coder in FIXED_LENGTH:
         archive.index_bits = source.read(5, "the index length")
     else:
         table = HuffmanTable.read(source)
@@ -311,10 +366,12 @@ def parse(data: bytes) -> Archive:
     raw_bytes: list[int] = []
     kinds: list[str] = []
     for i in range(count):
-        archive.records.append(_read_record(source, kinds, blocks, raw_bytes))
+        archive.records.append(_read_record(source, kinds, blocks, raw_bytes, archive.path is not None))
         kinds.append(archive.records[-1].kind)
         archive.records[-1].dtype, archive.records[-1].shape, archive.records[-1].name = heads[i]
-    for r, number in zip([r for r in archive.records if r.kind == "coded"], blocks, strict=True):
+    if archive.path is not None:
+        archive.path.bits = source.take(source.left - 8 * sum(raw_bytes), "the index stream")
+    for r, number in zip([r for r in archive.records if r.kind == "coded" and r.rate is None], blocks, strict=True):
         before = source.position
         if table is None:
             bits = archive.index_bits or 0
@@ -367,7 +424,7 @@ def _read_names(source: BitReader, count: int, file_bits: int) -> list[tuple[str
     return heads
 
 
-def _read_record(source: BitReader, kinds: list[str], blocks: list[int], raw_bytes: list[int]) -> Record:
+def _read_record(source: BitReader, kinds: list[str], blocks: list[int], raw_bytes: list[int], trellis: bool) -> Record:
     position = len(kinds)
     what = f"tensor {position}"
     kind = 0
@@ -379,7 +436,11 @@ def _read_record(source: BitReader, kinds: list[str], blocks: list[int], raw_byt
             axis_0 = source.read_golomb(4, what, limit=1 << 40)
             record.kept = (axis_0, source.read_golomb(4, what, limit=1 << 40) if source.read(1, what) else None)
         record.prior_codes = _read_unit_codes(source) if source.read(1, what) else np.array([source.read(8, what)], np.uint8)
-        blocks.append(source.read_golomb(2, what, limit=source.left) + 1)
+        if trellis:
+            width = source.read_golomb(2, what, limit=LARGEST_WIDTH - 1) + 1
+            record.rate = Rate(-1, width, source.read_golomb(4, what, limit=RATE_UNIT * (LARGEST_STEP_BITS - 1)) + RATE_UNIT)
+        else:
+            blocks.append(source.read_golomb(2, what, limit=source.left) + 1)
     elif kind == 1:
         record.constant = source.read(1, what)
     elif kind == 2:
@@ -405,7 +466,12 @@ def check_shapes(archive: Archive) -> None:
             if len(r.prior_codes) not in (1, units):
                 raise CorruptError(f"tensor {i} ({r.name}) has {len(r.prior_codes)} prior scales for {units} units")
             count = live_count(r, live)
-            if len(r.index) > max(count, 1) or -(-count // len(r.index)) > LARGEST_DIMENSION:
+            if r.rate is not None:
+                r.rate = replace(r.rate, count=count)
+                r.bits = r.rate.bits
+            elif archive.coder in TREES and len(r.index) != max(count, 1):
+                raise CorruptError(f"tensor {i} ({r.name}) has {len(r.index)} indices for {count} weights, one for each wanted")
+            elif len(r.index) > max(count, 1) or -(-count // len(r.index)) > LARGEST_DIMENSION:
                 raise CorruptError(f"tensor {i} ({r.name}) has {len(r.index)} blocks for {count} weights")
         elif r.kind == "raw":
             size = _ITEM_BYTES[RAW_DTYPES.index(r.raw_dtype)] * math.prod(shape)
@@ -413,6 +479,15 @@ def check_shapes(archive: Archive) -> None:
                 raise CorruptError(f"tensor {i} ({r.name}) of shape {shape} holds {len(r.data)} bytes, not {size}")
         elif r.kind == "alias" and archive.records[r.alias].shape != shape:
             raise CorruptError(f"tensor {i} ({r.name}) repeats a tensor of another shape, {archive.records[r.alias].shape}")
+    if archive.path is not None:
+        needed, held = archive.path.locate(rates(archive)), archive.path.bits
+        if not 0 <= len(held) - needed < 8 or held[needed:].any():
+            raise CorruptError(f"the index stream holds {len(held)} bits, the tensors need {needed} and padding of zeros to a byte")
+
+
+def rates(archive: Archive) -> dict[int, Rate]:
+    """The rates of all coded records of a file of the trellis coder, by number."""
+    return {i: r.rate for i, r in enumerate(archive.records) if r.rate is not None}
 
 
 def live_count(record: Record, live: tuple[int, ...]) -> int:

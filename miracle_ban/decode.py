@@ -1,7 +1,7 @@
 """From an `Archive` to weights: to a state dict, or into an ordinary network. Imports nothing of training.
 
 Every weight is float32(prior std) * float32(candidate value), one rounded product of two exact numbers, so the bits are the
-same on every machine. Leans on `container`, `blocks` and, for the public functions, torch.
+same on every machine. Leans on `container`, `blocks`, `tree`, `trellis` and, for the public functions, torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import candidate_values, layout
-from .container import RAW_DTYPES, Archive, Record, check_shapes, fingerprint, live_count, parse, prior_std, resolve_kept
+from .container import RAW_DTYPES, TREES, Archive, Record, check_shapes, fingerprint, live_count, parse, prior_std, resolve_kept
 from .errors import FileFormatError, MiracleError, MismatchError
 from .files import write_whole
+from .tree import node_values
+from .trellis import decode_steps, step_ends, windows
 
 
 def decode_array(archive: Archive, number: int) -> np.ndarray:
@@ -41,13 +43,8 @@ def _decode_coded(archive: Archive, number: int, record: Record, shape: tuple[in
     count = live_count(record, live)
     weights = np.zeros(live, np.float32)
     if count:
-        place = layout(archive.seed, number, count, len(record.index))
-        numbers = np.arange(len(record.index))
-        drawn = candidate_values(archive.seed, number, numbers, record.index, place.shape[1])
-        coded = np.empty(count, np.float32)
-        inside = place >= 0
-        coded[place[inside]] = drawn[inside]
         std = prior_std(record.prior_codes)
+        coded = (_trellis_values if record.rate is not None else _block_values)(archive, number, count)
         if len(std) == 1:
             weights = (coded * std[0]).reshape(live)
         else:
@@ -56,6 +53,30 @@ def _decode_coded(archive: Archive, number: int, record: Record, shape: tuple[in
     full = np.zeros(shape, np.float32)
     full[tuple(slice(k) for k in live)] = weights
     return full
+
+
+def _block_values(archive: Archive, number: int, count: int) -> np.ndarray:
+    """The coded weights of a tensor in units of the prior, float32 `[count]`."""
+    record = archive.records[number]
+    place = layout(archive.seed, number, count, len(record.index))
+    numbers = np.arange(len(record.index))
+    if archive.coder in TREES:
+        drawn = node_values(archive.seed, number, numbers, record.index)
+    else:
+        drawn = candidate_values(archive.seed, number, numbers, record.index, place.shape[1])
+    coded = np.empty(count, np.float32)
+    inside = place >= 0
+    coded[place[inside]] = drawn[inside]
+    return coded
+
+
+def _trellis_values(archive: Archive, number: int, count: int) -> np.ndarray:
+    """As `_block_values`."""
+    path, rate = archive.path, archive.records[number].rate
+    assert path is not None
+    assert rate is not None
+    states = windows(path.words, step_ends(rate, path.starts[number], path.log2_frames), path.memory)
+    return decode_steps(archive.seed, number, rate, path.memory, states)
 
 
 def decode_one(archive: Archive, name: str) -> Tensor:

@@ -87,6 +87,14 @@ class Stretch:
             return float(level[0] + log_time - sigma[0])  # sigma(h) = h where S = 1
         return float(np.interp(log_time, sigma, level))
 
+    def thresholds(self, rows: np.ndarray, log_time: np.ndarray) -> np.ndarray:
+        """`threshold` of several blocks at a time of each."""
+        sigma, level = self.log_sigma[rows], self.level[rows]
+        at = np.clip((sigma <= log_time[:, None]).sum(1), 1, sigma.shape[1] - 1)[:, None]
+        s0, s1, v0, v1 = (np.take_along_axis(a, i, 1)[:, 0] for a in (sigma, level) for i in (at - 1, at))
+        part = np.clip((log_time - s0) / np.maximum(s1 - s0, 1e-300), 0.0, 1.0)
+        return np.where(log_time <= sigma[:, 0], level[:, 0] + log_time - sigma[:, 0], v0 + part * (v1 - v0))
+
     def survival(self, log_time: np.ndarray) -> np.ndarray:
         """P(no acceptance before time exp(log_time)) for each block: `[blocks, *log_time.shape]`."""
         rows = [np.exp(np.interp(log_time, s, q, left=0.0)) for s, q in zip(self.log_sigma, self.log_survival, strict=True)]

@@ -12,11 +12,12 @@ from torch import nn
 
 from .bits import NATS_PER_BIT
 from .blocks import LARGEST_DIMENSION
-from .coders import Coder
-from .container import RAW_DTYPES, Archive, Record, fingerprint, prior_code, prior_std
+from .coders import BlockCoder, Coder, Trellis
+from .container import RAW_DTYPES, Archive, Path, Record, fingerprint, prior_code, prior_std
 from .convert import Conversion, conversion
 from .errors import MismatchError
 from .layers import Posterior, posteriors
+from .trellis import Rate
 
 NAMES_FROM_BYTES = 10_000  # files this large carry names and shapes unless told otherwise
 DROP_BELOW_BITS = 0.02  # KL per weight under which a unit with a prior scale of its own is dropped
@@ -49,11 +50,11 @@ def freeze_priors(model: nn.Module) -> dict[str, np.ndarray]:
     return codes
 
 
-def num_blocks(kl_bits: float, count: int, block_bits: float) -> int:
-    """Blocks for a tensor: each about `block_bits` of KL, and no more than 4096 weights."""
+def num_blocks(kl_bits: float, count: int, block_bits: float, largest: int = LARGEST_DIMENSION) -> int:
+    """Blocks for a tensor: each about `block_bits` of KL, and no more than `largest` weights."""
     if count == 0:
         return 1
-    return max(min(round(kl_bits / block_bits), count), -(-count // LARGEST_DIMENSION), 1)
+    return max(min(round(kl_bits / block_bits), count), -(-count // largest), 1)
 
 
 def kl_bits_by_tensor(model: nn.Module) -> dict[str, float]:
@@ -64,9 +65,12 @@ def kl_bits_by_tensor(model: nn.Module) -> dict[str, float]:
 
 def predicted_index_bits(kl_bits: dict[str, float], counts: dict[str, int], coder: Coder, block_bits: float) -> float:
     """Expected bits of all codewords, by the coder's own prediction for a block."""
+    if isinstance(coder, Trellis):
+        return float(sum(coder.rate(counts[name], bits).bits for name, bits in kl_bits.items()))
+    assert isinstance(coder, BlockCoder)
     total = 0.0
     for name, bits in kl_bits.items():
-        blocks = num_blocks(bits, counts[name], block_bits)
+        blocks = num_blocks(bits, counts[name], block_bits, coder.largest_dimension)
         total += blocks * coder.predict_bits(bits / blocks)
     return total
 
@@ -86,6 +90,8 @@ def skeleton(model: nn.Module, *, coder: Coder, seed: int, names: bool, codes: d
                 codes[entry.name] if codes is not None else np.ones(p.mean.shape[0] if p.per_unit and p.mean.dim() else 1, np.uint8)
             )
             record.index = np.ones(1, np.int64)
+            if isinstance(coder, Trellis):
+                record.rate = Rate(0, 4, 96)  # a typical one
         elif entry.kind == "constant":
             record.constant = entry.constant
         elif entry.kind == "raw":
@@ -98,12 +104,13 @@ def skeleton(model: nn.Module, *, coder: Coder, seed: int, names: bool, codes: d
     for record, kept in zip(records, _kept(account, held), strict=True):
         record.kept = kept
     mark = fingerprint([(e.name, e.shape) for e in account.entries])
-    return Archive(records, coder.name, seed, mark, names, coder.fixed_length_bits)
+    path = Path(coder.memory or 1) if isinstance(coder, Trellis) else None
+    return Archive(records, coder.name, seed, mark, names, coder.fixed_length_bits, path)
 
 
 def side_bits(archive: Archive, table_bits: int = 45) -> int:
     """Bits of a skeleton that are not indices: header, records, raw tensors, and about `table_bits` for the octave table."""
-    return 8 * len(archive.to_bytes()) + table_bits
+    return 8 * len(archive.to_bytes()) + (table_bits if archive.path is None else 0)
 
 
 def carries_names(names: bool | None, model: nn.Module, budget_bits: float | None) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 NORMAL_UNIT = 2.0**-20
-CODEBOOK, FLIPS, ROTATION, ORDER, ARRIVALS = range(5)  # purposes; ARRIVALS is the encoder's own and never decoded
+CODEBOOK, FLIPS, ROTATION, ORDER, ARRIVALS, TREE = range(6)  # purposes; ARRIVALS is the encoder's own and never decoded
 NORMALS_PER_CALL = 8
 
 _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)

@@ -24,7 +24,7 @@ from . import coders
 from .bits import NATS_PER_BIT, parse_bytes
 from .convert import conversion, drop_units
 from .errors import BudgetError, MiracleError
-from .layers import kl, posteriors, use_mode
+from .layers import posteriors, use_mode
 from .objective import Steering, beta_elbo
 from .plan import carries_names, kl_bits_by_tensor, predicted_index_bits, side_bits, skeleton
 from .structure import Link
@@ -158,22 +158,35 @@ def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimi
 
 
 def train_step(
-    model: nn.Module, batch: tuple[Any, Any], loss: Loss, optimizer: torch.optim.Optimizer, *, beta: float, num_examples: int
-) -> tuple[float, float]:
-    """One gradient step on the beta-ELBO; returns (loss, KL), nats per example and nats.
+    model: nn.Module,
+    batch: tuple[Any, Any],
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    *,
+    beta: float | dict[str, float],
+    num_examples: int,
+) -> tuple[float, dict[str, float]]:
+    """One gradient step on the beta-ELBO; returns the loss, nats per example, and the KL of each tensor, nats.
+
+    `beta` may be given for each tensor.
 
     Raises:
         MiracleError: the loss is NaN or infinite.
     """
     value = loss(model(batch[0]), batch[1])
-    kl_nats = kl(model)
+    held = posteriors(model)
+    kl_nats = torch.stack([p.kl() for p in held.values()])
     optimizer.zero_grad(set_to_none=True)
-    beta_elbo(value, kl_nats, beta=beta, num_examples=num_examples).backward()
+    if isinstance(beta, dict):
+        weighted = (kl_nats * kl_nats.new_tensor([beta[name] for name in held])).sum()
+        beta_elbo(value, weighted, beta=1.0, num_examples=num_examples).backward()
+    else:
+        beta_elbo(value, kl_nats.sum(), beta=beta, num_examples=num_examples).backward()
     optimizer.step()
     measured = float(value.detach())
     if not math.isfinite(measured):
         raise MiracleError(f"the loss became {measured}: lower the learning rate, or check the data for NaN")
-    return measured, float(kl_nats.detach())
+    return measured, dict(zip(held, kl_nats.detach().tolist(), strict=True))
 
 
 def fit(
@@ -226,11 +239,12 @@ def fit(
         MiracleError: the loss diverged, or batches are not (inputs, targets).
     """
     started = time.monotonic()
-    coder = (coders.get(coder) if isinstance(coder, str) else coder).for_blocks(block_bits)
     links = conversion(model).links
     device = next(model.parameters()).device
     feed = Feed(batches, device, num_examples)
     budget_bytes = None if budget is None else parse_bytes(budget)
+    coder = coders.get(coder) if isinstance(coder, str) else coder
+    coder = coder.settled(block_bits, 8.0 * budget_bytes if budget_bytes else sum(kl_bits_by_tensor(model).values()))
     per_epoch = feed.batches_per_epoch
     settings = {
         "seed": seed, "budget_bytes": budget_bytes, "epochs": epochs, "learning_rate": learning_rate, "coder": coder.name,
@@ -324,7 +338,10 @@ class _Course:
     def advance(self) -> dict[str, float]:
         """One step; returns its row of the history, `predicted_bits` being those of the codewords."""
         step, beta = self.step, self.beta
-        value, kl_nats = train_step(self.model, self.feed.next(), self.loss, self.optimizer, beta=beta, num_examples=self.feed.num_examples)
+        value, by_tensor = train_step(
+            self.model, self.feed.next(), self.loss, self.optimizer, beta=beta, num_examples=self.feed.num_examples
+        )
+        kl_nats = sum(by_tensor.values())
         self.schedule.step()
         self.running = value if step == 0 else 0.98 * self.running + 0.02 * value
         if step % LOG_EVERY == 0:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+import pathlib
 
 import helpers
 import numpy as np
 
 from miracle_ban import decode
-from miracle_ban.container import FORMAT_VERSION, Archive, Record, fingerprint, live_count, parse, resolve_kept
+from miracle_ban.container import FORMAT_VERSION, Archive, Path, Record, fingerprint, live_count, parse, rates, resolve_kept
 from miracle_ban.randomness import words
+from miracle_ban.trellis import Rate
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = pathlib.Path(__file__).parent / "golden"
 MANIFEST = FOLDER / "manifest.json"
 
 
@@ -44,6 +45,20 @@ class Builder:
         drawn = self.words(2 * blocks)
         width = drawn[:blocks] % self.octaves + 1  # indices of all octaves
         record.index = 1 + drawn[blocks:] % (np.int64(1) << width)
+        return self
+
+    def steps(self, name: str, shape: tuple[int, ...], rate: tuple[int, int], *, codes=(190,), kept=(None, None)) -> Builder:
+        """A tensor of the trellis coder: weights in a step, 1/64 bits for a step."""
+        self.add(Record("coded", kept, np.array(codes, np.uint8)), name, shape)
+        record = self.archive.records[-1]
+        record.rate = Rate(live_count(record, resolve_kept(self.archive.records)[-1]), *rate)
+        return self
+
+    def path(self, memory: int, log2_frames: int) -> Builder:
+        """The stream through all steps, from the package's own random words."""
+        needed = sum(r.bits for r in rates(self.archive).values())
+        drawn = self.words(-(-needed // 32)).astype(">u4").view(np.uint8)
+        self.archive.path = Path(memory, log2_frames, np.unpackbits(drawn)[:needed])
         return self
 
     def raw(self, name: str, array: np.ndarray, dtype: str, stored: str | None = None) -> Builder:
@@ -116,6 +131,23 @@ def archives() -> dict[str, Archive]:
         "largest_seed_and_index": Builder(seed=(1 << 64) - 1, octaves=31).coded("w", (10, 10), 31).coded("v", (31,), 6),
         "other_coder": Builder("a-star", seed=12).coded("weight", (12, 20), 18).coded("bias", (12,), 2),
         "one_octave": Builder(seed=13, octaves=1).coded("weight", (12, 20), 18),
+        "trellis": Builder("trellis", seed=15)
+        .steps("conv1.weight", (6, 1, 5, 5), (1, 100))
+        .steps("conv1.bias", (6,), (1, 64))
+        .steps("fc.weight", (30, 100), (7, 64), codes=[183])
+        .path(12, 0),
+        "trellis_frames": Builder("trellis", seed=16, names=True)
+        .steps("conv.weight", (8, 2, 3, 3), (2, 71), codes=[0, 190, 200, 0, 1, 255, 199, 0])
+        .steps("conv.bias", (8,), (3, 512), codes=[0, 180, 181, 0, 182, 183, 184, 0])
+        .raw("mask", np.array([True, False]), "bool")
+        .steps("fc.weight", (20, 90), (9, 130), kept=(9, None))
+        .add(Record("alias", alias=3), "again", (20, 90))
+        .steps("dropped", (11,), (1, 64), codes=[0])
+        .path(20, 3),
+        "trellis_short": Builder("trellis", seed=17).steps("one", (1,), (1, 200)).steps("wide", (256, 12), (256, 64)).path(4, 15),
+        "branch_and_bound": Builder("branch-and-bound-gprs", seed=18, octaves=31)
+        .coded("weight", (9, 5), 45)
+        .coded("bias", (9,), 7, codes=[0, 180, 181, 182, 182, 183, 184, 190, 0]),
         "nothing": Builder(seed=14, names=True),
     }
     return {f"v{FORMAT_VERSION}_{name}.mban": builder.done() for name, builder in made.items()}

@@ -40,11 +40,11 @@ def decoded(archive, model: nn.Module) -> dict[str, Tensor]:
     return decode(parse(archive.to_bytes()), model)
 
 
-@pytest.fixture(scope="module")
-def packaged(fitted, batches):
+@pytest.fixture(scope="module", params=["gprs", "trellis"])
+def packaged(request, fitted, batches):
     """The fitted network after packaging with refinement, and its archive."""
     bnn = copy.deepcopy(fitted[0])
-    return bnn, encode(bnn, batches, F.cross_entropy, **REFINED)
+    return bnn, encode(bnn, batches, F.cross_entropy, coder=request.param, **REFINED)
 
 
 def test_the_decoder_gets_exactly_the_encoders_weights(packaged):
@@ -70,14 +70,15 @@ def test_the_account_is_that_of_the_file(packaged):
     _, archive = packaged
     info = archive.info
     data = archive.to_bytes()
-    coded = [r for r in parse(data).records if r.kind == "coded"]
+    coded = [r for r in archive.records if r.kind == "coded"]
     assert info["file_bytes"] == len(data) == archive.size_bytes
-    assert info["blocks"] == sum(len(r.index) for r in coded)
+    assert info["blocks"] == sum(len(r.index) if r.rate is None else r.rate.steps for r in coded)
     assert info["index_bits"] == sum(r.bits for r in coded)
     assert info["index_bits"] + info["side_bits"] == 8 * len(data)
     assert info["codeword_bits_per_block"] == pytest.approx(info["index_bits"] / info["blocks"])
     assert info["j_bits_per_block"] == pytest.approx(info["codeword_bits_per_block"] - info["log2_ratio_per_block"])
-    assert 1.0 < info["j_bits_per_block"] < 6.0
+    assert 1.0 < info["j_bits_per_block"] < 6.0 or archive.coder == "trellis"
+    assert 0 < 1.0 - info["log2_ratio_per_block"] / info["codeword_bits_per_block"] < (0.2 if archive.coder == "trellis" else 0.5)
     assert info["seconds"] > 0
     counted = [row["coded"] for row in info["rounds"]]
     assert counted == sorted(counted)
@@ -88,7 +89,7 @@ def test_every_block_has_about_the_kl_that_was_asked_for(bnn):
     assert archive.info["kl_bits_per_block"] == pytest.approx(10.0, rel=0.1)
 
 
-@pytest.mark.parametrize("coder", sorted(set(coders.IDS) - {"rejection"}))
+@pytest.mark.parametrize("coder", sorted(set(coders.IDS) - {"rejection", "branch-and-bound-gprs", "branch-and-bound-a-star"}))
 def test_every_coder_gives_a_file_that_decodes_to_its_weights(bnn, coder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MiracleWarning)  # the fit was for another coder
@@ -104,6 +105,27 @@ def test_rejection_sampling_works_on_blocks_of_little_divergence():
     bnn = blurred(convert(nn.Linear(12, 4)))
     archive = encode(bnn, coder="rejection", block_bits=2.0, **QUIET)
     assert helpers.same_state(decoded(archive, nn.Linear(12, 4)), mean_state(bnn))
+
+
+@pytest.mark.parametrize("coder", ["branch-and-bound-gprs", "branch-and-bound-a-star"])
+def test_weights_that_carry_many_bits_are_coded_one_by_one(coder):
+    bnn = blurred(convert(nn.Linear(12, 4)), 0.05)
+    archive = encode(bnn, coder=coder, **QUIET)
+    assert [len(r.index) for r in parse(archive.to_bytes()).records] == [48, 4]
+    state = decoded(archive, nn.Linear(12, 4))
+    assert helpers.same_state(state, mean_state(bnn))
+
+
+@pytest.mark.parametrize("budget", [150, 180, 205])
+def test_the_trellis_meets_its_budget_to_the_byte(bnn, budget):
+    archive = encode(bnn, coder="trellis", budget=budget, **QUIET)
+    assert budget - 1 <= archive.size_bytes <= budget
+    assert helpers.same_state(decoded(archive, helpers.TinyNet()), mean_state(bnn))
+
+
+def test_the_trellis_takes_no_more_of_a_budget_than_pays(bnn):
+    free = encode(copy.deepcopy(bnn), coder="trellis", budget="1 MB", names=False, **QUIET)
+    assert free.size_bytes < 400
 
 
 def test_minimal_random_coding_with_refinement(bnn, batches):
@@ -295,15 +317,15 @@ def failing_after(calls: int):
 @pytest.mark.parametrize("calls", [0, 17, 41])
 @pytest.mark.parametrize("same_object", [False, True])
 def test_an_interrupted_packaging_goes_on_to_the_same_file(fitted, packaged, batches, tmp_path, calls, same_object):
-    path = tmp_path / "state"
+    path, coder = tmp_path / "state", packaged[1].coder
     first = copy.deepcopy(fitted[0])
     with pytest.raises(WorkError):
-        encode(first, batches, failing_after(calls), checkpoint=path, **REFINED)
+        encode(first, batches, failing_after(calls), checkpoint=path, coder=coder, **REFINED)
     assert path.exists() == (calls >= 10)
     if not path.exists():
         return
     second = first if same_object else copy.deepcopy(fitted[0])
-    archive = encode(second, batches, F.cross_entropy, checkpoint=path, **REFINED)
+    archive = encode(second, batches, F.cross_entropy, checkpoint=path, coder=coder, **REFINED)
     assert archive.to_bytes() == packaged[1].to_bytes()
     assert helpers.same_state(mean_state(second), mean_state(packaged[0]))
     assert archive.info["rounds"] == packaged[1].info["rounds"]

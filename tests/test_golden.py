@@ -12,7 +12,7 @@ import torch
 
 from miracle_ban import decode
 from miracle_ban import open as open_archive
-from miracle_ban.container import CODERS, FORMAT_VERSION, parse
+from miracle_ban.container import CODERS, FORMAT_VERSION, check_shapes, parse
 
 FILES = sorted(p.name for p in make_golden.FOLDER.glob("v*_*.mban"))
 
@@ -49,6 +49,7 @@ def test_golden_files_agree_with_the_format_by_hand(manifest, name):
     archive = parse((make_golden.FOLDER / name).read_bytes())
     for r, (own, shape, dtype) in zip(archive.records, entries(manifest[name]), strict=True):
         r.name, r.shape, r.dtype = own, shape, dtype
+    check_shapes(archive)
     for i, r in enumerate(archive.records):
         if r.kind == "coded":
             by_hand = torch.from_numpy(helpers.decode_by_hand(archive, i))
@@ -65,16 +66,21 @@ def test_the_archives_of_today_are_the_files_of_then(manifest):
             assert (r.kind, r.kept, r.constant, r.raw_dtype, r.data, r.alias) == (s.kind, s.kept, s.constant, s.raw_dtype, s.data, s.alias)
             assert r.prior_codes.tolist() == s.prior_codes.tolist()
             assert r.index.tolist() == s.index.tolist()
+            assert r.rate == s.rate
+        if archive.path is not None:
+            assert again.path.bits.tolist() == then.path.bits.tolist()
 
 
 def test_the_golden_files_cover_the_format():
     archives = [parse((make_golden.FOLDER / n).read_bytes()) for n in FILES]
     records = [r for a in archives for r in a.records]
     assert FORMAT_VERSION == 1
-    assert CODERS == ("gprs", "minimal-random", "rejection", "ordered-random", "a-star", "trellis")
+    assert CODERS == ("gprs", "minimal-random", "rejection", "ordered-random", "a-star", "trellis", "parallel-gprs",
+                      "branch-and-bound-gprs", "branch-and-bound-a-star")  # fmt: skip
     assert {r.kind for r in records} == {"coded", "constant", "raw", "alias"}
     assert {a.names for a in archives} == {True, False}
-    assert {"gprs", "minimal-random"} <= {a.coder for a in archives}
+    assert {"gprs", "minimal-random", "trellis", "branch-and-bound-gprs"} <= {a.coder for a in archives}
+    assert {a.path.log2_frames > 0 for a in archives if a.path is not None} == {True, False}
     assert max(a.seed for a in archives) == (1 << 64) - 1
     assert any(len(r.prior_codes) > 1 and (r.prior_codes == 0).any() and (r.prior_codes > 0).any() for r in records)
     assert any(r.kept[1] is not None for r in records)

@@ -9,20 +9,34 @@ from typing import Any
 
 from ..container import CODERS
 from ..errors import MismatchError
-from .base import Coder, Codewords
-from .gprs import GreedyPoisson
+from .base import BlockCoder, Coder, Codewords
+from .branch_and_bound import BranchAndBoundAStar, BranchAndBoundGreedyPoisson
+from .gprs import GreedyPoisson, ParallelGreedyPoisson
 from .minimal_random import MinimalRandom
 from .race import AStar, OrderedRandom
 from .rejection import Rejection
+from .trellis import Trellis
 
-__all__ = ["IDS", "AStar", "Coder", "Codewords", "GreedyPoisson", "MinimalRandom", "OrderedRandom", "Rejection", "get"]
+__all__ = [
+    "IDS", "AStar", "BlockCoder", "BranchAndBoundAStar", "BranchAndBoundGreedyPoisson", "Coder", "Codewords", "GreedyPoisson",
+    "MinimalRandom", "OrderedRandom", "ParallelGreedyPoisson", "Rejection", "Trellis", "get",
+]  # fmt: skip
 
-_CLASSES: dict[str, type[Coder]] = {c.name: c for c in (GreedyPoisson, MinimalRandom, Rejection, OrderedRandom, AStar)}
+_CLASSES: dict[str, type[Coder]] = {
+    c.name: c
+    for c in (
+        GreedyPoisson, MinimalRandom, Rejection, OrderedRandom, AStar, Trellis, ParallelGreedyPoisson, BranchAndBoundGreedyPoisson,
+        BranchAndBoundAStar,
+    )
+}  # fmt: skip
 IDS = {name: CODERS.index(name) for name in _CLASSES}
 
 
 def get(name: str, **options: Any) -> Coder:
-    """The coder called `name`: "gprs", "minimal-random", "rejection", "ordered-random" or "a-star".
+    """The coder called `name`.
+
+    "gprs", "rejection", "minimal-random", "ordered-random", "a-star" and "trellis" code blocks of any size; "parallel-gprs"
+    is GPRS by several searches side by side; "branch-and-bound-gprs" and "branch-and-bound-a-star" code single weights.
 
     Args:
         name: see above.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import randomness
-from ..blocks import LARGEST_PRIVATE_DIMENSION, candidate_values, codebook_block, codebook_stream
+from ..blocks import LARGEST_DIMENSION, LARGEST_PRIVATE_DIMENSION, candidate_values, codebook_block, codebook_stream
 from ..errors import CodingError
 from ..gaussian import Blocks
 
@@ -45,10 +45,36 @@ class Codewords:
 
 
 class Coder(abc.ABC):
-    """A relative entropy coder: encodes a draw of each block's posterior as an integer, with shared randomness."""
+    """A relative entropy coder: encodes a draw of each row's posterior in a few bits, with shared randomness."""
 
     name: str
-    fixed_length_bits: int | None = None
+    fixed_length_bits: int | None = None  # of every codeword, where they are all of one length
+
+    def settled(self, block_bits: float, total_bits: float) -> Coder:
+        """This coder, with whatever it leaves open settled for blocks of that KL and a model of that KL, bits."""
+        return self
+
+    @abc.abstractmethod
+    def encode(self, mean, std, prior_std, *, seed: int, tensor: int = 0, blocks=None, codebook: Codebook | None = None) -> Codewords:
+        """Code one draw of every row, `[rows, d]`; see the subclasses."""
+
+    @abc.abstractmethod
+    def decode(self, codewords: Codewords, prior_std, *, seed: int, tensor: int = 0, blocks=None) -> np.ndarray:
+        """The coded draws: float32 `[rows, d]`, bit for bit the same everywhere."""
+
+    @abc.abstractmethod
+    def expected_bits(self, mean, std, prior_std) -> np.ndarray:
+        """Expected codeword length of each row without searching, bits, float64 `[rows]`."""
+
+    @abc.abstractmethod
+    def predict_bits(self, kl_bits: float) -> float:
+        """About how long the codeword of a row with that KL is, bits: what training steers by."""
+
+
+class BlockCoder(Coder):
+    """A coder whose codewords are candidate numbers: one integer for each block."""
+
+    largest_dimension = LARGEST_DIMENSION  # weights in one block
 
     def encode(self, mean, std, prior_std, *, seed: int, tensor: int = 0, blocks=None, codebook: Codebook | None = None) -> Codewords:
         """Code one draw of every block.
@@ -64,8 +90,7 @@ class Coder(abc.ABC):
         Raises:
             CodingError: an argument is NaN, infinite or not positive where it must be.
         """
-        mean, std, prior_std = (torch.as_tensor(v).detach().cpu().double() for v in (mean, std, prior_std))
-        _check(mean, std, prior_std)
+        mean, std, prior_std = checked(mean, std, prior_std)
         count = mean.shape[0]
         numbers = np.arange(count) if blocks is None else np.asarray(blocks, np.int64)
         if codebook is None or codebook.seed != seed:
@@ -81,28 +106,16 @@ class Coder(abc.ABC):
         units = candidate_values(seed, tensor, numbers, codewords.index, codewords.dimension)
         return units * np.asarray(prior_std, np.float32)
 
-    def for_blocks(self, block_bits: float) -> Coder:
-        """This coder, with whatever it leaves open settled for blocks of that KL, bits."""
-        return self
-
-    def shortened(self, bits: float) -> Coder:
+    def shortened(self, bits: float) -> BlockCoder:
         """This coder, its codewords on average about `bits` shorter, for blocks that must fit what is left of a budget."""
         return self
 
-    @abc.abstractmethod
-    def _encode(self, scorer: Scorer) -> Codewords: ...
-
-    @abc.abstractmethod
-    def expected_bits(self, mean, std, prior_std) -> np.ndarray:
-        """Expected codeword length of each block without searching, bits, float64 `[blocks]`."""
+    def _encode(self, scorer: Scorer) -> Codewords:
+        raise NotImplementedError
 
     @abc.abstractmethod
     def index_bits(self, index: np.ndarray) -> np.ndarray:
         """About how long each of these indices is in a file that holds them all, bits, `[blocks]`."""
-
-    @abc.abstractmethod
-    def predict_bits(self, kl_bits: float) -> float:
-        """About how long the codeword of a block with that KL is, bits: what training steers by."""
 
 
 class Codebook:
@@ -177,7 +190,13 @@ def chunks(limit: int, first: int = 256) -> list[tuple[int, int]]:
     return result
 
 
-def _check(mean: Tensor, std: Tensor, prior_std: Tensor) -> None:
+def checked(mean, std, prior_std) -> tuple[Tensor, Tensor, Tensor]:
+    """Posterior and prior as float64 tensors on the CPU.
+
+    Raises:
+        CodingError: wrong shapes, or a value that is NaN, infinite or not positive where it must be.
+    """
+    mean, std, prior_std = (torch.as_tensor(v).detach().cpu().double() for v in (mean, std, prior_std))
     if mean.dim() != 2 or mean.shape != std.shape:
         raise CodingError(f"mean and std must both be [blocks, d], not {tuple(mean.shape)} and {tuple(std.shape)}")
     try:
@@ -188,3 +207,4 @@ def _check(mean: Tensor, std: Tensor, prior_std: Tensor) -> None:
         good = torch.isfinite(value) & (value > 0) if positive else torch.isfinite(value)
         if not bool(good.all()):
             raise CodingError(f"{what} holds {int((~good).sum())} value(s) that are not finite{' and positive' if positive else ''}")
+    return mean, std, prior_std

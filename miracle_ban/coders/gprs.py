@@ -18,6 +18,8 @@ from ..gaussian import Blocks, Stretch, stretch, super_level
 from .base import Codewords, Scorer
 from .octave import OctaveCoder, Search
 
+_NODES = 48  # of a quadrature
+
 
 class GreedyPoisson(OctaveCoder):
     """GPRS with one codebook for all blocks.
@@ -90,3 +92,61 @@ def _first_arrivals(
     if left.any():
         time[rows[left]] += rng.standard_gamma((stop - reached)[left])
     return list(accepted.values())
+
+
+class ParallelGreedyPoisson(GreedyPoisson):
+    """Parallel GPRS: `workers` searches side by side, each with arrivals at a `workers`-th of the rate.
+
+    Candidate (n - 1) workers + j + 1 is the n-th of worker j. The first acceptance of all wins, once every worker's clock
+    is past it (Flamich 2023, section 3.2).
+
+    Args:
+        workers: number of searches.
+        extra_bits, max_log2_candidates, private_seed: as in `GreedyPoisson`.
+    """
+
+    name = "parallel-gprs"
+
+    def __init__(self, *, workers: int = 8, extra_bits: float = 4.0, max_log2_candidates: int = 22, private_seed: int = 0):
+        super().__init__(extra_bits=extra_bits, max_log2_candidates=max_log2_candidates, private_seed=private_seed)
+        if not 1 <= workers <= 256:
+            raise CodingError(f"workers must be 1 to 256, not {workers}")
+        self.workers = workers
+
+    def _encode(self, scorer: Scorer) -> Codewords:
+        search = Search(scorer, self._limits(scorer.kl_nats))
+        law = stretch(scorer.blocks)
+        rng = self._generator(scorer.codebook.seed, scorer.tensor, int(scorer.numbers[0]))
+        clock = np.zeros((self.workers, scorer.count))
+        first = np.full(scorer.count, np.inf)  # time of the earliest acceptance so far
+        for start, stop, rows, score in search.chunks():
+            gaps = rng.standard_exponential((stop - start, len(rows))) * self.workers
+            times = np.empty_like(gaps)
+            for j in range(self.workers):
+                mine = slice((j - start) % self.workers, None, self.workers)
+                times[mine] = clock[j, rows] + np.cumsum(gaps[mine], 0)
+                if len(times[mine]):
+                    clock[j, rows] = times[mine][-1]
+            values = score.numpy()
+            with np.errstate(divide="ignore"):
+                bar = law.thresholds(rows, np.log(times.min(0)))
+            for i, c in zip(*np.nonzero(values >= bar[None, :]), strict=True):
+                b, time = int(rows[c]), times[i, c]
+                if time < first[b] and values[i, c] >= law.threshold(b, math.log(time)):
+                    first[b] = time
+                    search.index[b], search.value[b] = start + int(i) + 1, float(values[i, c])
+            search.found[rows] = clock[:, rows].min(0) >= first[rows]
+        search.found |= np.isfinite(first)
+        return search.codewords()
+
+    def _survival(self, blocks: Blocks, log_candidates: np.ndarray) -> np.ndarray:
+        """P(K > n): the winner is any of the workers, after Poisson(T / workers) candidates of its own that lost."""
+        law, n = stretch(blocks), np.exp(log_candidates)[None, :]
+        level = (np.arange(_NODES) + 0.5) / _NODES
+        second = law.survival(np.log(-self.workers * np.log1p(-level))).mean(1, keepdims=True)  # not a worker's first candidate
+        early = second + (1.0 - second) * (1.0 - n / self.workers)
+        return np.where(n < self.workers, early, np.minimum(law.survival(log_candidates), second))
+
+    def predict_bits(self, kl_bits: float) -> float:
+        """See `Coder.predict_bits`: at least the number of the worker."""
+        return max(super().predict_bits(kl_bits), math.log2(self.workers) + 1.0)

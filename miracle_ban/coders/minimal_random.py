@@ -14,13 +14,13 @@ import torch
 from ..bits import NATS_PER_BIT
 from ..errors import CodingError
 from ..gaussian import Blocks
-from .base import Coder, Codewords, Scorer, chunks
+from .base import BlockCoder, Codewords, Scorer, chunks
 
 _EXTRA_BITS = {"sample": 0.0, "best": 2.0}
 _LONGEST_BITS = 24
 
 
-class MinimalRandom(Coder):
+class MinimalRandom(BlockCoder):
     """MIRACLE's coder, the baseline.
 
     Args:
@@ -51,8 +51,8 @@ class MinimalRandom(Coder):
     def _length(self, kl_bits: float) -> int:
         return int(np.clip(math.ceil(kl_bits + self.extra_bits), 1, _LONGEST_BITS))
 
-    def for_blocks(self, block_bits: float) -> MinimalRandom:
-        """See `Coder.for_blocks`: settles the length of the index."""
+    def settled(self, block_bits: float, total_bits: float) -> MinimalRandom:
+        """See `Coder.settled`: the length of the index."""
         if self.fixed_length_bits is not None:
             return self
         return MinimalRandom(bits=self._length(block_bits), choice=self.choice, choice_seed=self.choice_seed)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..bits import NATS_PER_BIT, HuffmanTable
 from ..container import octaves
 from ..gaussian import Blocks
-from .base import Coder, Codewords, Scorer, chunks
+from .base import BlockCoder, Codewords, Scorer, chunks
 
 LARGEST_LOG2_INDEX = 31
 _TYPICAL_OCTAVE_BITS = 3.5  # codeword of an octave in a fitted table
@@ -25,7 +25,7 @@ _ENOUGH_FOR_A_TABLE = 100
 _FEWEST_EXTRA_BITS = -6.0
 
 
-class OctaveCoder(Coder):
+class OctaveCoder(BlockCoder):
     """A coder whose index is an octave and raw bits.
 
     Args:
@@ -60,10 +60,8 @@ class OctaveCoder(Coder):
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.private_seed, seed, tensor, first_block])))
 
     def index_bits(self, index: np.ndarray) -> np.ndarray:
-        """See `Coder.index_bits`."""
-        if len(index) < _ENOUGH_FOR_A_TABLE:
-            return octaves(index) + _TYPICAL_OCTAVE_BITS
-        return octaves(index) + HuffmanTable.fit(octaves(index)).bits(octaves(index))
+        """See `BlockCoder.index_bits`."""
+        return table_bits(index)
 
     def expected_bits(self, mean, std, prior_std) -> np.ndarray:
         """See `Coder.expected_bits`: from the law of the index's octave, with one table for all these blocks."""
@@ -138,6 +136,13 @@ class Search:
         rest = ~self.found
         self.index[rest], self.value[rest] = self.best_at[rest], self.best[rest]
         return Codewords(self.index, octave_bits(self.index), self.value, rest, self.scorer.dimension)
+
+
+def table_bits(index: np.ndarray) -> np.ndarray:
+    """About how long each of these indices is in a file that holds them all, the table itself left out."""
+    if len(index) < _ENOUGH_FOR_A_TABLE:
+        return octaves(index) + _TYPICAL_OCTAVE_BITS
+    return octaves(index) + HuffmanTable.fit(octaves(index)).bits(octaves(index))
 
 
 def octave_bits(index: np.ndarray) -> np.ndarray:

@@ -1,0 +1,248 @@
+"""Packaging by trellis: one stream of bits through all tensors, coded frame by frame.
+
+How many bits each tensor gets is settled before coding starts, from its KL, so the size of the file is exact from the
+beginning. Each tensor's beta is then steered so that what is left of it has the KL that its bits can carry.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import trellis
+from .bits import NATS_PER_BIT
+from .coders.trellis import OVERLAP, SEGMENT, Features, StepLaw, Trellis, best_path, emitted_bits, path_bits, step_bits, viterbi
+from .container import Archive, Path, rates
+from .gaussian import Blocks
+from .layers import Posterior, posteriors
+from .packing import Goal, Packing, gather, live_positions
+from .trellis import RATE_UNIT, Rate
+
+_RATE_CODE_BITS = 2  # by which the code of a rate may grow from one to the next
+_STEPS_AT_ONCE = 1 << 12  # in one search through several tensors
+_LARGEST_LOG2_FRAMES = 12
+_LARGEST_FACTOR = 1.3  # more bits than that over what the KL asks for buy next to nothing
+
+Piece = tuple[int, int, int]  # record number, first step, stop
+
+
+class TrellisPacking(Packing):
+    """See the module.
+
+    Args:
+        model: with its priors frozen.
+        archive: its skeleton; the rates are put into it.
+        coder: its memory settled.
+        budget_bits: of the whole file; None gives each tensor what its KL asks for.
+        rounds: frames, rounded to a power of two.
+        saved: `state()` of an interrupted packaging.
+    """
+
+    unit = "step"
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        archive: Archive,
+        coder: Trellis,
+        *,
+        budget_bits: float | None,
+        rounds: int,
+        saved: dict[str, Any] | None,
+    ):
+        self.archive, self.seed, self.steered = archive, archive.seed, budget_bits is not None
+        self.efficiency = coder.efficiency
+        held = posteriors(model)
+        coded = [i for i, r in enumerate(archive.records) if r.kind == "coded"]
+        self.posterior: dict[int, Posterior] = {i: held[str(archive.records[i].name)] for i in coded}
+        self.free = {i: live_positions(archive, i, p) for i, p in self.posterior.items()}
+        frames = min(round(math.log2(max(rounds, 1))), _LARGEST_LOG2_FRAMES)
+        self.path = archive.path = Path(coder.memory or 0, frames)
+        if saved is None:
+            self._allocate(coder, budget_bits)
+        else:
+            for i in coded:
+                archive.records[i].rate = Rate(*saved["rates"][i])
+        self.rates = rates(archive)
+        self.path.locate(self.rates)
+        self.features = Features(self.seed, self.path.memory, next(model.parameters()).device)
+        self.total = sum(r.steps for r in self.rates.values())
+        self.frame = self.state_before = 0
+        self.bits: list[np.ndarray] = []
+        self.kl_bits: list[np.ndarray] = []
+        self.log2_ratio: list[np.ndarray] = []
+
+    def _allocate(self, coder: Trellis, budget_bits: float | None) -> None:
+        """Share the bits of the stream out in proportion to each tensor's KL: equal KL for each bit, one beta for all."""
+        records = self.archive.records
+        with torch.no_grad():
+            kl_bits = {i: float(p.kl()) / NATS_PER_BIT for i, p in self.posterior.items()}
+        wanted = {i: coder.rate(len(self.free[i]), kl_bits[i]).bits if coder.bits_per_weight else kl_bits[i] / coder.efficiency
+                  for i in kl_bits}  # fmt: skip
+        for i, bits in wanted.items():
+            records[i].rate = Rate.of(len(self.free[i]), bits)
+        if budget_bits is None:
+            return
+        for _ in range(4):  # the rates themselves take a few bits, more or fewer
+            side, total = 8.0 * len(self.archive.to_bytes()), sum(wanted.values())
+            factor = min((budget_bits - side) / max(total, 1e-9), _LARGEST_FACTOR)
+            for i, bits in wanted.items():
+                records[i].rate = Rate.of(len(self.free[i]), bits * factor)
+        self._trim(min(budget_bits, side + _LARGEST_FACTOR * total))
+
+    def _trim(self, budget_bits: float) -> None:
+        """Change rates by the smallest steps there are, those of large tensors first, until the file is as large as it may be."""
+        records = self.archive.records
+        largest_first = sorted(self.posterior, key=lambda i: -len(self.free[i]))
+        for _ in range(RATE_UNIT):
+            stream = sum(r.bits for r in rates(self.archive).values())
+            spare = budget_bits - 8 * len(self.archive.to_bytes()) - 8 * -(-stream // 8)
+            step, changed = 1 if spare >= 0 else -1, False
+            for i in largest_first:
+                old = records[i].rate
+                assert old is not None
+                new = replace(old, rate=old.rate + step)
+                cost = new.bits - old.bits + _RATE_CODE_BITS
+                inside = RATE_UNIT <= new.rate <= RATE_UNIT * trellis.LARGEST_STEP_BITS
+                if inside and (cost <= spare if step > 0 else spare < 0):
+                    records[i].rate, spare, changed = new, spare - cost, True
+            if not changed:
+                break
+
+    def _pieces(self, frame: int) -> list[Piece]:
+        """What a frame holds, in the order of the stream."""
+        frames = self.path.log2_frames
+        bounds = ((i, r.first_step(frame, frames), r.first_step(frame + 1, frames)) for i, r in self.rates.items())
+        return [(i, first, stop) for i, first, stop in bounds if stop > first]
+
+    def _law(self, number: int) -> StepLaw:
+        mean, std, prior = (v.to(self.features.device) for v in gather(self.posterior[number], self.free[number]))
+        return StepLaw(self.features, number, self.rates[number], mean, std, prior)
+
+    def code_round(self, rounds_left: int) -> None:
+        """See `Packing.code_round`: one frame, searched together with the beginning of the next."""
+        laws: dict[int, StepLaw] = {}
+        pieces = self._pieces(self.frame)
+        last = self.frame + 1 == 1 << self.path.log2_frames
+        ahead = [] if last else self._pieces(self.frame + 1)
+        while pieces:
+            number, first, stop = pieces[0]
+            if number not in laws:
+                laws[number] = self._law(number)
+            if stop - first > 2 * SEGMENT:
+                states, _ = best_path(laws[number], self.state_before, first, stop)
+                self._commit(number, first, states, path_bits(laws[number], states, first))
+                pieces = pieces[1:]
+                continue
+            together = _up_to(pieces, _STEPS_AT_ONCE)
+            rest = _after(pieces, together)
+            beyond = _up_to(rest + ahead, OVERLAP)
+            for i, _, _ in together + beyond:
+                if i not in laws:
+                    laws[i] = self._law(i)
+            self._search(together, beyond, laws)
+            pieces = rest
+        self.frame += 1
+
+    def _search(self, pieces: list[Piece], beyond: list[Piece], laws: dict[int, StepLaw]) -> None:
+        """Find the best path through `pieces`, with what follows in view, and commit it."""
+        run = pieces + beyond
+        parts = [laws[i].coefficients(first, stop) for i, first, stop in run]
+        edges = np.cumsum([0, *(stop - first for _, first, stop in run)]).tolist()
+        new_bits = [k for i, first, stop in run for k in step_bits(self.rates[i], first, stop)]
+
+        def scores(begin: int, end: int) -> torch.Tensor:
+            found = []
+            for (i, _, _), (const, factors), at, until in zip(run, parts, edges[:-1], edges[1:], strict=True):
+                a, b = max(begin, at) - at, min(end, until) - at
+                if a < b:
+                    found.append(laws[i].scores(const[a:b], factors[a:b]))
+            return torch.cat(found)[:, None, :]
+
+        states, _ = viterbi(scores, new_bits, 1, self.path.memory, torch.tensor([self.state_before]), None)
+        found = states[:, 0].cpu().numpy()
+        for (i, first, _), at, until in zip(pieces, edges[: len(pieces)], edges[1:], strict=False):
+            own = found[at:until]
+            self._commit(i, first, own, emitted_bits(own, np.array(new_bits[at:until], np.int64)))
+
+    def _commit(self, number: int, first: int, states: np.ndarray, bits: np.ndarray) -> None:
+        """Fix the weights of some steps at what their states stand for."""
+        rate, p = self.rates[number], self.posterior[number]
+        steps = np.arange(first, first + len(states))
+        values = trellis.step_values(self.seed, number, rate, steps, states)
+        place = trellis.place(self.seed, number, rate, steps)
+        place = np.where(place >= 0, self.free[number][place], -1)
+        inside = place >= 0
+        mean, std, prior = gather(p, place)
+        law = Blocks.of(mean, std, prior)
+        self.kl_bits.append(law.kl_nats().numpy() / NATS_PER_BIT)
+        self.log2_ratio.append(law.log_ratio(torch.from_numpy(np.where(inside, values, 0.0))).numpy() / NATS_PER_BIT)
+        weights = values * prior.float().numpy()
+        p.fix(torch.from_numpy(place[inside]).to(p.mean.device), torch.from_numpy(weights[inside]))
+        self.bits.append(bits)
+        self.state_before = int(states[-1])
+
+    @property
+    def num_coded(self) -> int:
+        """See `Packing.num_coded`."""
+        return sum(r.first_step(self.frame, self.path.log2_frames) for r in self.rates.values())
+
+    def spent_bits(self) -> float:
+        """See `Packing.spent_bits`."""
+        return float(sum(len(b) for b in self.bits))
+
+    def goals(self) -> list[Goal]:
+        """See `Packing.goals`: for each tensor on its own, whether or not there is a budget."""
+        result = []
+        for i, rate in self.rates.items():
+            left = rate.bits - rate.bits_before(rate.first_step(self.frame, self.path.log2_frames))
+            if left:
+                result.append(Goal((self.posterior[i].name,), 0.0, self.efficiency * left))
+        return result
+
+    def finish(self, archive: Archive) -> int:
+        """See `Packing.finish`."""
+        self.path.bits = np.concatenate([np.zeros(0, np.uint8), *self.bits])
+        self.path.__dict__.pop("words", None)
+        return archive.size_bytes
+
+    def account(self) -> tuple[np.ndarray, np.ndarray]:
+        """See `Packing.account`."""
+        return np.concatenate([np.zeros(0), *self.kl_bits]), np.concatenate([np.zeros(0), *self.log2_ratio])
+
+    def state(self) -> dict[str, Any]:
+        """See `Packing.state`."""
+        return {
+            "rates": {i: (r.count, r.width, r.rate) for i, r in self.rates.items()}, "frame": self.frame,
+            "state_before": self.state_before, "bits": torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *self.bits])),
+            "account": [torch.from_numpy(a) for a in self.account()],
+        }  # fmt: skip
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """See `Packing.restore`."""
+        self.frame, self.state_before = saved["frame"], saved["state_before"]
+        self.bits = [saved["bits"].numpy()]
+        self.kl_bits, self.log2_ratio = ([a.numpy()] for a in saved["account"])
+
+
+def _up_to(pieces: list[Piece], steps: int) -> list[Piece]:
+    """The first `steps` steps of `pieces`."""
+    taken: list[Piece] = []
+    for number, first, stop in pieces:
+        if steps <= 0:
+            break
+        taken.append((number, first, min(stop, first + steps)))
+        steps -= stop - first
+    return taken
+
+
+def _after(pieces: list[Piece], taken: list[Piece]) -> list[Piece]:
+    """What `_up_to` left."""
+    number, _, reached = taken[-1]
+    _, _, stop = pieces[len(taken) - 1]
+    cut = [(number, reached, stop)] if reached < stop else []
+    return cut + pieces[len(taken) :]
