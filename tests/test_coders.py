@@ -250,7 +250,7 @@ def test_draws_of_one_weight_follow_the_posterior(name, mean, std):
     n = 2000
     words, z = drawn(np.full((n, 1), mean), np.full((n, 1), std), extra_bits=10, name=name)
     if name == "gprs":
-        assert words.truncated.mean() < 0.006  # a posterior wider than its prior has a long tail of indices
+        assert words.truncated.mean() < 0.01  # a posterior wider than its prior has a long tail of indices
     assert p_value(z[:, 0], mean, std) > helpers.FALSE_ALARM
 
 
@@ -360,7 +360,7 @@ def test_blocks_of_64_weights_and_8_bits_cost_what_was_measured_before():
     bits = np.mean([w.bits.mean() for w in runs])
     j = bits - np.mean([w.log_ratio_nats.mean() for w in runs]) / NATS_PER_BIT
     assert j == pytest.approx(3.1, abs=0.3)
-    assert coder.expected_bits(mean, std, 1.0) == pytest.approx(np.full(500, bits), abs=0.5)
+    assert coder.expected_bits(mean, std, 1.0) == pytest.approx(np.full(500, bits), abs=0.6)
     assert np.mean([w.truncated.mean() for w in runs]) == pytest.approx(0.22, abs=0.06)
     assert np.mean([coder.index_bits(w.index).mean() for w in runs]) == pytest.approx(bits, abs=0.2)  # the table's share is in `bits`
 

@@ -579,7 +579,7 @@ def test_bytes_after_the_end_are_corrupt(real_file):
     archive = parse(real_file)
     if archive.path is not None and not archive.names:
         return  # seen once the shapes are known: see the next test
-    with pytest.raises(CorruptError, match="after the end|index stream holds"):
+    with pytest.raises(CorruptError, match=r"after the end|index stream holds"):
         parse(repaired(real_file[8:] + b"\0"))
 
 

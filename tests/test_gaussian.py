@@ -217,6 +217,7 @@ def test_threshold_is_the_inverse_of_the_stretch_function():
         times = np.linspace(-20, 30, 200)
         bars = [law.threshold(b, t) for t in times]
         assert all(x <= y for x, y in itertools.pairwise(bars))
+        assert np.allclose(law.thresholds(np.full(200, b), times)[times < 23], np.array(bars)[times < 23], atol=3e-3)
 
 
 def test_survival_falls_from_one():

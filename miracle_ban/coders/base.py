@@ -2,7 +2,7 @@
 
 Candidate k (from 1) of block b is row k - 1 of the codebook Z, its columns rotated and given signs by the block's own
 shared randomness. Each block's candidates are thus exact independent draws from its prior, and the log density ratios of
-all blocks and candidates are two matrix products.
+all blocks and candidates are one product of the matrix [Z, Z^2].
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ..blocks import LARGEST_DIMENSION, LARGEST_PRIVATE_DIMENSION, candidate_val
 from ..errors import CodingError
 from ..gaussian import Blocks
 
-_CHUNK = 1 << 14  # most candidates in one matrix product
+_CHUNK = 1 << 12  # most candidates in one matrix product
+_TILE = 1 << 19  # scores in one matrix product
 _CACHE_BYTES = 256 << 20
 _PRIVATE_DRAWS = 1 << 19  # candidates drawn at once where each block has its own
 
@@ -119,19 +120,20 @@ class BlockCoder(Coder):
 
 
 class Codebook:
-    """Rows of the shared codebook Z for one seed, kept in memory up to 256 MiB."""
+    """Rows of the shared codebook Z for one seed and their squares, kept in memory up to 256 MiB."""
 
     def __init__(self, seed: int):
         self.seed = seed
         self._rows: dict[tuple[int, int, int], Tensor] = {}
         self._held = 0
 
-    def rows(self, start: int, stop: int, dimension: int) -> Tensor:
-        """Candidates start .. stop - 1 (from 0) in units of the prior: float32 `[n, dimension]`."""
+    def features(self, start: int, stop: int, dimension: int) -> Tensor:
+        """Candidates start .. stop - 1 (from 0) in units of the prior, and their squares: float32 `[n, 2 dimension]`."""
         key = (start, stop, dimension)
         if key not in self._rows:
             drawn = randomness.normals(self.seed, np.arange(start, stop), 0, randomness.stream(0, randomness.CODEBOOK), dimension)
             rows = torch.from_numpy(drawn.astype(np.float32)).mul_(randomness.NORMAL_UNIT)
+            rows = torch.cat([rows, rows.square()], 1)
             if self._held + rows.nbytes > _CACHE_BYTES:
                 return rows
             self._held += rows.nbytes
@@ -151,16 +153,19 @@ class Scorer:
         turn = torch.from_numpy(randomness.rotation(codebook.seed, numbers, tensor, self.dimension))
         source = (torch.arange(self.dimension)[None, :] + turn[:, None]) % self.dimension
         self._const = const.float()
-        self._linear = torch.gather(linear * signs, 1, source).float()
-        self._quadratic = torch.gather(quadratic, 1, source).float()
+        self._factors = torch.cat([torch.gather(linear * signs, 1, source), torch.gather(quadratic, 1, source)], 1).float()
+
+    def tiles(self, rows: np.ndarray, candidates: int) -> list[np.ndarray]:
+        """`rows` in parts whose scores of so many candidates stay in the cache."""
+        step = max(32, _TILE // candidates)
+        return [rows[i : i + step] for i in range(0, len(rows), step)]
 
     def score(self, start: int, stop: int, rows: np.ndarray) -> Tensor:
         """L of candidates start .. stop - 1 (from 0) for the blocks `rows`: float32 `[n, rows]`, nats."""
         if self.dimension <= LARGEST_PRIVATE_DIMENSION:
             return self._score_private(start, stop, rows)
-        z = self.codebook.rows(start, stop, self.dimension)
         at = torch.from_numpy(rows)
-        return torch.addmm(torch.addmm(self._const[at], z, self._linear[at].T), z.square(), self._quadratic[at].T)
+        return torch.addmm(self._const[at], self.codebook.features(start, stop, self.dimension), self._factors[at].T)
 
     def _score_private(self, start: int, stop: int, rows: np.ndarray) -> Tensor:
         """As `score`, each block against candidates of its own."""
@@ -175,12 +180,12 @@ class Scorer:
             )
             x = torch.from_numpy(z.astype(np.float32)).mul_(randomness.NORMAL_UNIT).view(len(some), len(candidates), -1)
             at = torch.from_numpy(some)
-            l = torch.baddbmm(self._const[at, None, None], x, self._linear[at][:, :, None])
-            columns.append(torch.baddbmm(l, x.square(), self._quadratic[at][:, :, None])[:, :, 0])
+            both = torch.cat([x, x.square()], 2)
+            columns.append(torch.baddbmm(self._const[at, None, None], both, self._factors[at][:, :, None])[:, :, 0])
         return torch.cat(columns).T
 
 
-def chunks(limit: int, first: int = 256) -> list[tuple[int, int]]:
+def chunks(limit: int, first: int = 32) -> list[tuple[int, int]]:
     """Split 0 .. limit into stretches that double in length up to the largest chunk."""
     result, start, size = [], 0, first
     while start < limit:

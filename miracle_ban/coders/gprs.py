@@ -11,12 +11,11 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..errors import CodingError
 from ..gaussian import Blocks, Stretch, stretch, super_level
 from .base import Codewords, Scorer
-from .octave import OctaveCoder, Search
+from .octave import OctaveCoder, Part, Search
 
 _NODES = 48  # of a quadrature
 
@@ -46,18 +45,14 @@ class GreedyPoisson(OctaveCoder):
         search = Search(scorer, self._limits(scorer.kl_nats))
         if self.target == "super-level":
             level, _ = super_level(scorer.blocks)
-            for start, _, rows, score in search.chunks():
-                search.accept_first(score >= torch.from_numpy(level[rows]).float()[None, :], start, rows, score)
+            for part in search.parts():
+                search.accept_first(part, level[part.rows])
             return search.codewords()
         law = stretch(scorer.blocks)
         rng = self._generator(scorer.codebook.seed, scorer.tensor, int(scorer.numbers[0]))
         time = np.zeros(scorer.count)  # arrival time of the last candidate looked at
-        for start, stop, rows, score in search.chunks():
-            # arrivals only grow, so no candidate of this chunk is accepted below the threshold at its beginning
-            bar = [law.threshold(b, math.log(time[b])) if time[b] > 0 else -np.inf for b in rows.tolist()]
-            may_pass = score >= torch.tensor(bar)[None, :]
-            for b, k, value in _first_arrivals(law, score, may_pass, rows, time, start, stop, rng):
-                search.accept(b, k, value)
+        for part in search.parts():
+            _first_arrivals(law, part, search, time, rng)
         return search.codewords()
 
     def _survival(self, blocks: Blocks, log_candidates: np.ndarray) -> np.ndarray:
@@ -67,31 +62,38 @@ class GreedyPoisson(OctaveCoder):
         return np.exp(-np.exp(log_candidates[None, :] + super_level(blocks)[1][:, None]))
 
 
-def _first_arrivals(
-    law: Stretch, score: Tensor, may_pass: Tensor, rows: np.ndarray, time: np.ndarray, start: int, stop: int, rng: np.random.Generator
-) -> list[tuple[int, int, float]]:
-    """Draw arrival times of the candidates that may pass, in order: (block, index, l) of each block's first accepted one.
+def _first_arrivals(law: Stretch, part: Part, search: Search, time: np.ndarray, rng: np.random.Generator) -> None:
+    """Draw arrival times of the candidates that may pass, in order, and accept each block's first that does.
 
     Between two looked-at candidates n apart the time grows by a Gamma(n) variable, so the others need no draw. `time` is
-    moved to the end of the chunk.
+    moved to the end of the part.
     """
-    accepted: dict[int, tuple[int, int, float]] = {}
-    reached = np.full(len(rows), start)
-    values = score.numpy()
-    for c, i in torch.nonzero(may_pass.T).tolist():
-        b = int(rows[c])
-        if b in accepted:
-            continue
-        k = start + i + 1
-        time[b] += rng.standard_gamma(k - reached[c])
-        reached[c] = k
-        value = float(values[i, c])
-        if value >= law.threshold(b, math.log(time[b])):
-            accepted[b] = (b, k, value)
-    left = np.array([int(b) not in accepted and reached[c] < stop for c, b in enumerate(rows)])
-    if left.any():
-        time[rows[left]] += rng.standard_gamma((stop - reached)[left])
-    return list(accepted.values())
+    rows, reached = part.rows, np.full(len(part.rows), part.start)
+    # arrivals only grow, so no candidate of this part is accepted below the threshold at its beginning
+    bar = law.thresholds(rows, _log(time[rows]))
+    some = np.flatnonzero(part.top >= bar)
+    may_pass = part.score[:, torch.from_numpy(some)] >= torch.from_numpy(bar[some]).float()[None, :]
+    column, candidate = (t.numpy() for t in torch.nonzero(may_pass.T, as_tuple=True))
+    turn = np.arange(len(column)) - np.searchsorted(column, column)  # of each among its block's
+    column = some[column]
+    for k in range(int(turn.max(initial=-1)) + 1):
+        mine = turn == k
+        c, i = column[mine], candidate[mine]
+        waiting = ~search.found[rows[c]]
+        c, i = c[waiting], i[waiting]
+        if not len(c):
+            break
+        time[rows[c]] += rng.standard_gamma(part.start + i + 1 - reached[c])
+        reached[c] = part.start + i + 1
+        value = part.score[i, c].double().numpy()
+        passes = value >= law.thresholds(rows[c], _log(time[rows[c]]))
+        search.accept(rows[c[passes]], reached[c[passes]], value[passes])
+    left = ~search.found[rows] & (reached < part.stop)
+    time[rows[left]] += rng.standard_gamma((part.stop - reached)[left])
+
+
+def _log(time: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(time, 1e-300))
 
 
 class ParallelGreedyPoisson(GreedyPoisson):
@@ -119,22 +121,24 @@ class ParallelGreedyPoisson(GreedyPoisson):
         rng = self._generator(scorer.codebook.seed, scorer.tensor, int(scorer.numbers[0]))
         clock = np.zeros((self.workers, scorer.count))
         first = np.full(scorer.count, np.inf)  # time of the earliest acceptance so far
-        for start, stop, rows, score in search.chunks():
-            gaps = rng.standard_exponential((stop - start, len(rows))) * self.workers
+        for part in search.parts():
+            rows, start = part.rows, part.start
+            gaps = rng.standard_exponential((part.stop - start, len(rows))) * self.workers
             times = np.empty_like(gaps)
             for j in range(self.workers):
                 mine = slice((j - start) % self.workers, None, self.workers)
                 times[mine] = clock[j, rows] + np.cumsum(gaps[mine], 0)
                 if len(times[mine]):
                     clock[j, rows] = times[mine][-1]
-            values = score.numpy()
-            with np.errstate(divide="ignore"):
-                bar = law.thresholds(rows, np.log(times.min(0)))
-            for i, c in zip(*np.nonzero(values >= bar[None, :]), strict=True):
-                b, time = int(rows[c]), times[i, c]
-                if time < first[b] and values[i, c] >= law.threshold(b, math.log(time)):
-                    first[b] = time
-                    search.index[b], search.value[b] = start + int(i) + 1, float(values[i, c])
+            values = part.score.numpy()
+            i, c = np.nonzero(values >= law.thresholds(rows, _log(times.min(0)))[None, :])
+            passes = values[i, c] >= law.thresholds(rows[c], _log(times[i, c]))
+            i, c = i[passes], c[passes]
+            order = np.argsort(-times[i, c], kind="stable")  # the earliest last, so that it is what stays
+            i, c = i[order], c[order]
+            earlier = times[i, c] < first[rows[c]]
+            i, c = i[earlier], c[earlier]
+            first[rows[c]], search.index[rows[c]], search.value[rows[c]] = times[i, c], start + i + 1, values[i, c]
             search.found[rows] = clock[:, rows].min(0) >= first[rows]
         search.found |= np.isfinite(first)
         return search.codewords()

@@ -59,20 +59,23 @@ class MinimalRandom(BlockCoder):
 
     def _encode(self, scorer: Scorer) -> Codewords:
         bits = self._bits(scorer.kl_nats)
-        rows = np.arange(scorer.count)
         entropy = [self.choice_seed, scorer.codebook.seed, scorer.tensor, *scorer.numbers[:1].tolist()]
         rng = torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         best, at = torch.full((scorer.count,), -torch.inf), torch.zeros(scorer.count, dtype=torch.int64)
         chosen = best.clone()
         for start, stop in chunks(1 << bits):
-            score = scorer.score(start, stop, rows)
-            # the largest of l + Gumbel noise is a draw in proportion to r (Gumbel-max)
-            race = score - torch.empty_like(score).exponential_(generator=rng).log() if self.choice == "sample" else score
-            top = race.max(0)
-            better = top.values > best
-            best = torch.where(better, top.values, best)
-            at = torch.where(better, start + top.indices + 1, at)
-            chosen = torch.where(better, score.gather(0, top.indices[None, :])[0], chosen)
+            for some in scorer.tiles(np.arange(scorer.count), stop - start):
+                rows = torch.from_numpy(some)
+                score = scorer.score(start, stop, some)
+                # the largest of l + Gumbel noise is a draw in proportion to r (Gumbel-max)
+                race = score - torch.empty_like(score).exponential_(generator=rng).log() if self.choice == "sample" else score
+                top = race.amax(0)
+                better = top > best[rows]
+                if better.any():
+                    first = race[:, better].argmax(0)
+                    rows = rows[better]
+                    best[rows], at[rows] = top[better], start + 1 + first
+                    chosen[rows] = score[:, better].gather(0, first[None, :])[0]
         length = np.full(scorer.count, float(bits))
         return Codewords(at.numpy(), length, chosen.double().numpy(), np.zeros(scorer.count, bool), scorer.dimension, {"bits": bits})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -93,8 +94,30 @@ class OctaveCoder(BlockCoder):
         return kl_bits + min(spare, 1.0 + kl_bits)
 
 
+@dataclass
+class Part:
+    """Scores of some candidates for some blocks that are still searching.
+
+    Attributes:
+        start: number of the first candidate, from 0.
+        rows: the blocks.
+        score: l, nats, `[n, rows]`.
+        top: the largest l of each block, `[rows]`.
+    """
+
+    start: int
+    rows: np.ndarray
+    score: Tensor
+    top: np.ndarray
+
+    @property
+    def stop(self) -> int:
+        """One past the last candidate."""
+        return self.start + self.score.shape[0]
+
+
 class Search:
-    """The candidates of all blocks, chunk by chunk: what was accepted, and the best so far where nothing was."""
+    """The candidates of all blocks, part by part: what was accepted, and the best so far where nothing was."""
 
     def __init__(self, scorer: Scorer, limits: np.ndarray):
         self.scorer, self.limits = scorer, limits
@@ -102,34 +125,35 @@ class Search:
         self.index, self.found = np.zeros(count, np.int64), np.zeros(count, bool)
         self.value, self.best, self.best_at = np.zeros(count), np.full(count, -np.inf), np.zeros(count, np.int64)
 
-    def chunks(self) -> Iterator[tuple[int, int, np.ndarray, Tensor]]:
-        """Yield (start, stop, rows, score): the blocks `rows` still searching, l of candidates start .. stop - 1 from 0."""
+    def parts(self) -> Iterator[Part]:
+        """All candidates within the limits, in order, of the blocks that have not accepted one yet."""
         for start, stop in chunks(int(self.limits.max())):
-            rows = np.flatnonzero(~self.found & (self.limits > start))
-            if not len(rows):
+            searching = np.flatnonzero(~self.found & (self.limits > start))
+            if not len(searching):
                 return
-            score = self.scorer.score(start, stop, rows)
-            if (self.limits[rows] < stop).any():
-                beyond = torch.arange(start, stop)[:, None] >= torch.from_numpy(self.limits[rows])[None, :]
-                score.masked_fill_(beyond, -torch.inf)
-            top = score.max(0)
-            value = top.values.double().numpy()
-            better = value > self.best[rows]
-            self.best[rows] = np.where(better, value, self.best[rows])
-            self.best_at[rows] = np.where(better, start + top.indices.numpy() + 1, self.best_at[rows])
-            yield start, stop, rows, score
+            for rows in self.scorer.tiles(searching, stop - start):
+                score = self.scorer.score(start, stop, rows)
+                if (self.limits[rows] < stop).any():
+                    beyond = torch.arange(start, stop)[:, None] >= torch.from_numpy(self.limits[rows])[None, :]
+                    score.masked_fill_(beyond, -torch.inf)
+                part = Part(start, rows, score, score.amax(0).double().numpy())
+                better = part.top > self.best[rows]
+                if better.any():
+                    self.best[rows[better]] = part.top[better]
+                    self.best_at[rows[better]] = start + 1 + score[:, torch.from_numpy(better)].argmax(0).numpy()
+                yield part
 
-    def accept(self, block: int, index: int, value: float) -> None:
-        """The block's search is over."""
-        self.index[block], self.found[block], self.value[block] = index, True, value
+    def accept(self, blocks: np.ndarray, index: np.ndarray, value: np.ndarray) -> None:
+        """The search of these blocks is over."""
+        self.index[blocks], self.found[blocks], self.value[blocks] = index, True, value
 
-    def accept_first(self, passes: Tensor, start: int, rows: np.ndarray, score: Tensor) -> None:
-        """Accept the first candidate of each block that passes, `[n, rows]`."""
-        some = passes.any(0)
-        first = passes.to(torch.uint8).argmax(0)
-        for c in torch.nonzero(some).squeeze(1).tolist():
-            at = int(first[c])
-            self.accept(int(rows[c]), start + at + 1, float(score[at, c]))
+    def accept_first(self, part: Part, bar: np.ndarray) -> None:
+        """Accept the first candidate of each block whose l is at least `bar`, `[rows]`."""
+        some = np.flatnonzero(part.top >= bar)
+        if len(some):
+            score = part.score[:, torch.from_numpy(some)]
+            first = (score >= torch.from_numpy(bar[some]).float()[None, :]).to(torch.uint8).argmax(0)
+            self.accept(part.rows[some], part.start + 1 + first.numpy(), score.gather(0, first[None, :])[0].double().numpy())
 
     def codewords(self) -> Codewords:
         """The accepted candidates, and the best one of each block that accepted none."""

@@ -40,19 +40,17 @@ class _Race(OctaveCoder):
         time, best = np.zeros(count), np.full(count, -np.inf)
         index, value, over = np.zeros(count, np.int64), np.zeros(count), np.zeros(count, bool)
         for start, stop in chunks(int(limits.max())):
-            rows = np.flatnonzero(~over & (limits > start))
-            if not len(rows):
-                break
-            score = scorer.score(start, stop, rows)
-            log_time, time[rows] = self._log_times(rng, time[rows], start, stop, limits[rows])
-            lead = score - log_time
-            lead.masked_fill_(torch.arange(start, stop)[:, None] >= torch.from_numpy(limits[rows])[None, :], -torch.inf)
-            top = lead.max(0)
-            better = top.values.double().numpy() > best[rows]
-            best[rows] = np.where(better, top.values.double().numpy(), best[rows])
-            index[rows] = np.where(better, start + top.indices.numpy() + 1, index[rows])
-            value[rows] = np.where(better, score.gather(0, top.indices[None, :])[0].double().numpy(), value[rows])
-            over[rows] = self._over(np.log(np.maximum(time[rows], 1e-300)), best[rows], peak[rows])
+            for rows in scorer.tiles(np.flatnonzero(~over & (limits > start)), stop - start):
+                score = scorer.score(start, stop, rows)
+                log_time, time[rows] = self._log_times(rng, time[rows], start, stop, limits[rows])
+                lead = score - log_time
+                lead.masked_fill_(torch.arange(start, stop)[:, None] >= torch.from_numpy(limits[rows])[None, :], -torch.inf)
+                top = lead.max(0)
+                better = top.values.double().numpy() > best[rows]
+                best[rows] = np.where(better, top.values.double().numpy(), best[rows])
+                index[rows] = np.where(better, start + top.indices.numpy() + 1, index[rows])
+                value[rows] = np.where(better, score.gather(0, top.indices[None, :])[0].double().numpy(), value[rows])
+                over[rows] = self._over(np.log(np.maximum(time[rows], 1e-300)), best[rows], peak[rows])
         return Codewords(index, octave_bits(index), value, ~over, scorer.dimension)
 
     def _survival(self, blocks: Blocks, log_candidates: np.ndarray) -> np.ndarray:

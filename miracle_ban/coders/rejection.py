@@ -43,12 +43,18 @@ class Rejection(OctaveCoder):
         return np.maximum(np.ceil(_SURE * np.exp(peak)), 16.0).astype(np.int64)
 
     def _encode(self, scorer: Scorer) -> Codewords:
-        peak = scorer.blocks.max_log_ratio()
+        peak = scorer.blocks.max_log_ratio().numpy()
         search = Search(scorer, self._search_limits(scorer.blocks))
         rng = self._generator(scorer.codebook.seed, scorer.tensor, int(scorer.numbers[0]))
-        for start, _, rows, score in search.chunks():
-            log_u = torch.from_numpy(-rng.standard_exponential(tuple(score.shape), dtype=np.float32))
-            search.accept_first(log_u <= score - peak[rows].float()[None, :], start, rows, score)
+        for part in search.parts():
+            log_u = torch.from_numpy(-rng.standard_exponential(tuple(part.score.shape), dtype=np.float32))
+            part.score -= log_u
+            part.top = part.score.amax(0).double().numpy()
+            search.accept_first(part, peak[part.rows])
+            taken = search.found[part.rows]
+            search.value[part.rows[taken]] += log_u[
+                search.index[part.rows[taken]] - 1 - part.start, torch.from_numpy(np.flatnonzero(taken))
+            ].numpy()
         return search.codewords()
 
     def _limits_for_prediction(self, blocks: Blocks) -> np.ndarray:

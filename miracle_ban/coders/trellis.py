@@ -23,7 +23,7 @@ from .base import Coder, Codewords, checked
 SEGMENT = 16 * RATE_UNIT  # steps that are searched at once: a multiple of the rate's unit, so that all segments look alike
 OVERLAP = 2 * RATE_UNIT  # steps after which a choice does not depend on what lies beyond
 _LONG, _SHORT_MEMORY, _LONG_MEMORY = 1 << 18, 16, 12
-_SCORES = 1 << 24  # scores in memory at once
+_SCORES = 1 << 18  # scores in memory at once: they stay in the cache
 _PATHS = 1 << 28  # backward pointers in memory at once
 _ROWS_IN_CACHE = 1 << 17  # scores of one step for all sequences
 # memory: bits of log ratio that a bit buys where the log ratio is that of a posterior's own draw; measured, matched Gaussians
