@@ -150,7 +150,7 @@ def _add_compress(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--budget", required=True, metavar="SIZE", help='of the whole file: bytes, "20 kB", "3 MB"')
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mban")
     command.add_argument("--epochs", type=_positive, default=30.0, help="passes over the data while training (default 30)")
-    command.add_argument("--coder", choices=tuple(coders.IDS), default="gprs", help="default %(default)s")
+    command.add_argument("--coder", choices=tuple(coders.IDS), default="trellis", help="default %(default)s")
     command.add_argument("--seed", type=_seed, default=0, help="of training and of the file's randomness")
     command.add_argument("--checkpoint", type=Path, metavar="STATE", help="keep the state in STATE.fit, STATE.encode, to resume from")
     help_names = "store names and shapes, so that the file decodes without the model (default: from 10 kB)"

@@ -36,6 +36,7 @@ from .train import FitReport, fit
 NUM_TRAIN, NUM_TEST = 12_000, 5_000
 TRAIN_SEED, TEST_SEED = 1, 2  # of the images: all runs of the demo see the same ones
 BUDGET = "3 kB"
+CODER = "trellis"
 BATCH = 100
 FLOAT_EPOCHS, FLOAT_RATE = 4, 2e-3
 FIT: dict[str, Any] = {"epochs": 10, "narrow_epochs": 1.0}
@@ -321,9 +322,9 @@ def _compress(net: LeNet5, batches: _Batches, seed: int, clock: _Clock, progress
     """The archive, the report of its training, and the network as the encoder has it: never decoded, only coded."""
     bayesian = convert(net)
     with clock.stage("fit"):
-        report = fit(bayesian, batches, F.cross_entropy, budget=BUDGET, seed=seed, progress=progress, **FIT)
+        report = fit(bayesian, batches, F.cross_entropy, budget=BUDGET, coder=CODER, seed=seed, progress=progress, **FIT)
     with clock.stage("encode"):
-        archive = encode(bayesian, batches, F.cross_entropy, seed=seed, progress=progress, **ENCODE)
+        archive = encode(bayesian, batches, F.cross_entropy, coder=CODER, seed=seed, progress=progress, **ENCODE)
     coded = LeNet5()
     coded.load_state_dict({name: p.expand(p.value) for name, p in posteriors(bayesian).items()})
     return archive, report, coded

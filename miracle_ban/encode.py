@@ -166,7 +166,7 @@ def compress(
     *,
     budget: str | int,
     epochs: float = 30.0,
-    coder: str | coders.Coder = "gprs",
+    coder: str | coders.Coder = "trellis",
     seed: int = 0,
     where: Callable[[str, nn.Module], bool] | None = None,
     per_unit: bool = False,
@@ -183,7 +183,8 @@ def compress(
         loss: `loss(outputs, targets)` -> mean negative log-likelihood of the batch, nats.
         budget: size of the whole file, bytes or text such as "20 kB".
         epochs: passes over `batches` in `fit`.
-        coder, seed: as in `encode`.
+        coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README).
+        seed: as in `encode`.
         where, per_unit: as in `convert`.
         checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit" and "<checkpoint>.encode".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.

@@ -76,7 +76,9 @@ def gather(posterior: Posterior, place: np.ndarray) -> tuple[Tensor, Tensor, Ten
     """Mean, std and prior std at `place`, same shape, float64; a missing weight (-1) is its own prior and so weighs nothing."""
     at = torch.from_numpy(place)
     inside, at = at >= 0, at.clamp_min(0)
-    prior = posterior.prior_std.expand_as(posterior.mean).flatten().cpu()[at].double()  # type: ignore[union-attr]
+    std = posterior.prior_std
+    assert std is not None
+    prior = std.flatten().cpu()[at // max(posterior.mean.numel() // std.numel(), 1)].double()  # one for each slice of axis 0
     mean, log_std = (v.detach().flatten().cpu()[at].double() for v in (posterior.mean, posterior.log_std))
     std = log_std.exp()
     prior = torch.where(inside, prior, 1.0)

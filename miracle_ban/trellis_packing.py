@@ -23,7 +23,7 @@ from .packing import Goal, Packing, gather, live_positions
 from .trellis import RATE_UNIT, Rate
 
 _RATE_CODE_BITS = 2  # by which the code of a rate may grow from one to the next
-_STEPS_AT_ONCE = 1 << 12  # in one search through several tensors
+_STEPS_AT_ONCE = 1 << 13  # in one search through several tensors
 _LARGEST_LOG2_FRAMES = 12
 _LARGEST_FACTOR = 1.3  # more bits than that over what the KL asks for buy next to nothing
 
@@ -59,7 +59,7 @@ class TrellisPacking(Packing):
         held = posteriors(model)
         coded = [i for i, r in enumerate(archive.records) if r.kind == "coded"]
         self.posterior: dict[int, Posterior] = {i: held[str(archive.records[i].name)] for i in coded}
-        self.free = {i: live_positions(archive, i, p) for i, p in self.posterior.items()}
+        self.count = {i: len(self._free(i)) for i in coded}
         frames = min(round(math.log2(max(rounds, 1))), _LARGEST_LOG2_FRAMES)
         self.path = archive.path = Path(coder.memory or 0, frames)
         if saved is None:
@@ -81,23 +81,23 @@ class TrellisPacking(Packing):
         records = self.archive.records
         with torch.no_grad():
             kl_bits = {i: float(p.kl()) / NATS_PER_BIT for i, p in self.posterior.items()}
-        wanted = {i: coder.rate(len(self.free[i]), kl_bits[i]).bits if coder.bits_per_weight else kl_bits[i] / coder.efficiency
+        wanted = {i: coder.rate(self.count[i], kl_bits[i]).bits if coder.bits_per_weight else kl_bits[i] / coder.efficiency
                   for i in kl_bits}  # fmt: skip
         for i, bits in wanted.items():
-            records[i].rate = Rate.of(len(self.free[i]), bits)
+            records[i].rate = Rate.of(self.count[i], bits)
         if budget_bits is None:
             return
         for _ in range(4):  # the rates themselves take a few bits, more or fewer
             side, total = 8.0 * len(self.archive.to_bytes()), sum(wanted.values())
             factor = min((budget_bits - side) / max(total, 1e-9), _LARGEST_FACTOR)
             for i, bits in wanted.items():
-                records[i].rate = Rate.of(len(self.free[i]), bits * factor)
+                records[i].rate = Rate.of(self.count[i], bits * factor)
         self._trim(min(budget_bits, side + _LARGEST_FACTOR * total))
 
     def _trim(self, budget_bits: float) -> None:
         """Change rates by the smallest steps there are, those of large tensors first, until the file is as large as it may be."""
         records = self.archive.records
-        largest_first = sorted(self.posterior, key=lambda i: -len(self.free[i]))
+        largest_first = sorted(self.posterior, key=lambda i: -self.count[i])
         for _ in range(RATE_UNIT):
             stream = sum(r.bits for r in rates(self.archive).values())
             spare = budget_bits - 8 * len(self.archive.to_bytes()) - 8 * -(-stream // 8)
@@ -120,7 +120,7 @@ class TrellisPacking(Packing):
         return [(i, first, stop) for i, first, stop in bounds if stop > first]
 
     def _law(self, number: int) -> StepLaw:
-        mean, std, prior = (v.to(self.features.device) for v in gather(self.posterior[number], self.free[number]))
+        mean, std, prior = (v.to(self.features.device) for v in gather(self.posterior[number], self._free(number)))
         return StepLaw(self.features, number, self.rates[number], mean, std, prior)
 
     def code_round(self, rounds_left: int) -> None:
@@ -169,13 +169,24 @@ class TrellisPacking(Packing):
             own = found[at:until]
             self._commit(i, first, own, emitted_bits(own, np.array(new_bits[at:until], np.int64)))
 
+    def _free(self, number: int) -> np.ndarray:
+        """Positions of the weights that are coded, in the flattened live tensor."""
+        return live_positions(self.archive, number, self.posterior[number])
+
     def _commit(self, number: int, first: int, states: np.ndarray, bits: np.ndarray) -> None:
         """Fix the weights of some steps at what their states stand for."""
+        free = self._free(number)
+        for i in range(0, len(states), _STEPS_AT_ONCE):
+            self._fix(number, first + i, states[i : i + _STEPS_AT_ONCE], free)
+        self.bits.append(bits)
+        self.state_before = int(states[-1])
+
+    def _fix(self, number: int, first: int, states: np.ndarray, free: np.ndarray) -> None:
         rate, p = self.rates[number], self.posterior[number]
         steps = np.arange(first, first + len(states))
         values = trellis.step_values(self.seed, number, rate, steps, states)
         place = trellis.place(self.seed, number, rate, steps)
-        place = np.where(place >= 0, self.free[number][place], -1)
+        place = np.where(place >= 0, free[place], -1)
         inside = place >= 0
         mean, std, prior = gather(p, place)
         law = Blocks.of(mean, std, prior)
@@ -183,8 +194,6 @@ class TrellisPacking(Packing):
         self.log2_ratio.append(law.log_ratio(torch.from_numpy(np.where(inside, values, 0.0))).numpy() / NATS_PER_BIT)
         weights = values * prior.float().numpy()
         p.fix(torch.from_numpy(place[inside]).to(p.mean.device), torch.from_numpy(weights[inside]))
-        self.bits.append(bits)
-        self.state_before = int(states[-1])
 
     @property
     def num_coded(self) -> int:

@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", default="1140", help="bytes of the whole file, or text such as '1.5 kB'")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--coder", default="gprs")
+    parser.add_argument("--coder", default="trellis")
     parser.add_argument("--epochs", type=float, default=40, help="of training the posteriors")
     parser.add_argument("--weights-per-bit", type=float, default=1.5, help="live weights for each bit of the budget")
     parser.add_argument("--float-epochs", type=int, default=6)

@@ -72,13 +72,68 @@ def lenet_seeds() -> str:
     return "\n".join(rows)
 
 
+def coder_results() -> dict[str, list[dict[str, Any]]]:
+    """What `tests/benchmarks/coders.py --json recipes/results/coders.json` found."""
+    return json.loads((TOP / "recipes" / "results" / "coders.json").read_text())
+
+
+def coder_table() -> str:
+    """Every coder: waste on matched blocks of 64 weights and 12 bits, and LeNet-5 packaged by it at one budget."""
+    found = coder_results()
+    blocks = {v["coder"]: v for v in found["blocks"] if (v["kl_bits"], v["d"]) == (12, 64)}
+    rows = ["| coder | J for 16 bits spent | LeNet-5, bytes | test error, % |", "|---|---|---|---|"]
+    packaged = {v["coder"]: v for v in found["lenet5"]}
+    for name in sorted(blocks.keys() | packaged.keys(), key=lambda n: -_waste(blocks[n]) if n in blocks else 0.0):
+        waste = f"{_waste(blocks[name]):.2f}" if name in blocks else ""
+        file = packaged.get(name)
+        rows.append(f"| {name} | {waste} | " + (f"{file['bytes']:,} | {file['test_error']:.2f} |" if file else "| |"))
+    return "\n".join(rows)
+
+
+def _waste(row: dict[str, Any]) -> float:
+    return 16.0 * row["j"] / row["bits"]
+
+
+def block_table() -> str:
+    """J = bits - E[log2 r] of every coder, KL and block size, with its standard error; for the trellis in proportion to the KL."""
+    found = coder_results()["blocks"]
+    cells = {(v["coder"], v["kl_bits"], v["d"]): v for v in found}
+    sizes, kls = (sorted({v[k] for v in found}) for k in ("d", "kl_bits"))
+    columns = [(kl, d) for d in sizes for kl in kls if any((c, kl, d) in cells for c in {v["coder"] for v in found})]
+    rows = ["| coder | " + " | ".join(f"d {d}, KL {kl}" for kl, d in columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    for name in dict.fromkeys(v["coder"] for v in found):
+        own = [cells.get((name, kl, d)) for kl, d in columns]
+        rows.append(f"| {name} | " + " | ".join(_j(v) if v else "" for v in own) + " |")
+    return "\n".join(rows)
+
+
+def _j(row: dict[str, Any]) -> str:
+    return f"{row['j']:.2f}" + (f" ± {row['j_error']:.2f}" if row["j_error"] else "")
+
+
+def speed_table() -> str:
+    """Rates of encoding and decoding."""
+    rows = ["| what | seconds | rate | of the matrix product |", "|---|---|---|---|"]
+    for v in coder_results()["speed"]:
+        seconds = f"{v['seconds']:.3g}" if v["seconds"] else ""
+        rows.append(
+            f"| {v['what']} | {seconds} | {v['rate']:.3g} {v['unit']} | {'' if v['of_gemm'] is None else format(v['of_gemm'], '.2f')} |"
+        )
+    for v in coder_results()["model"]:
+        rows.append(
+            f"| {v['what']}, {v['weights']:,} weights at 0.25 bit, {v['bytes']:,} bytes: trellis, peak memory {v['peak_mib']:,.0f} MiB "
+            f"({v['peak_mib_before']:,.0f} before) | {v['encode_seconds']:.0f} | load in {v['load_seconds']:.2f} s | |"
+        )
+    return "\n".join(rows)
+
+
 def keep(folder: Path) -> None:
     """Copy the best file of each budget to `pretrained/` and write the manifest."""
     manifest = []
     for (budget, coder), lines in sorted(lenet_groups().items()):
         best = min(lines, key=lambda v: v["validation_error"])
         source = folder / best["file"]
-        target = TOP / "pretrained" / f"lenet5-mnist-{budget}{'' if coder == 'gprs' else '-' + coder}.mban"
+        target = TOP / "pretrained" / f"lenet5-mnist-{budget}{'' if coder == 'trellis' else '-' + coder}.mban"
         if hashlib.sha256(source.read_bytes()).hexdigest() != best["sha256"]:
             raise SystemExit(f"{source} is not the file of the result line: run its command again")
         shutil.copyfile(source, target)
@@ -109,7 +164,10 @@ def main() -> None:
     if args.keep:
         keep(args.keep)
     replace_section(TOP / "README.md", "results", lenet_table())
+    replace_section(TOP / "README.md", "coders", coder_table())
     replace_section(TOP / "recipes" / "README.md", "lenet5", lenet_seeds())
+    replace_section(TOP / "recipes" / "README.md", "blocks", block_table())
+    replace_section(TOP / "recipes" / "README.md", "speed", speed_table())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/coders.py                                       tables of blocks and of speed, 10 minutes
     python tests/benchmarks/coders.py --lenet --data DATA --work WORK       LeNet-5 on MNIST by every coder, 40 minutes
-    options: --quick (a minute), --json FILE, --plot FILE, --threads N
+    options: --quick (a minute), --json FILE (adds to it), --plot FILE, --threads N
 
 J = bits - E[log2 r] is what a coder wastes on a block: the rate, and the loss in units of beta; 0 is ideal. Matched blocks:
 one variance ratio for all weights, second moments as the prior's (research of the project; KL is then -d/2 log2 v).
@@ -27,6 +27,7 @@ from miracle_ban import coders, trellis
 from miracle_ban.bits import NATS_PER_BIT
 from miracle_ban.cli import table
 from miracle_ban.coders.base import Codebook
+from miracle_ban.layers import posteriors
 
 Row = dict[str, Any]
 TOP = Path(__file__).parents[2]
@@ -200,6 +201,34 @@ def fastest(what: str, count: int, run) -> Row:
     return {"what": what, "seconds": min(times), "rate": count / min(times) / 1e6, "unit": "M weights/s", "of_gemm": None}
 
 
+def model_table(*, quick: bool) -> list[Row]:
+    """A ResNet-50 (25.5 million weights, as initialised) at 0.25 bit a weight by the trellis, from posteriors to loaded network."""
+    import resource
+    import tempfile
+
+    from torchvision import models
+
+    net = (models.resnet18 if quick else models.resnet50)(weights=None)
+    bnn = miracle_ban.convert(net)
+    with torch.no_grad():
+        for p in posteriors(bnn).values():
+            v = 2.0 ** (-2.0 * 0.23)
+            p.log_std.fill_(math.log(math.sqrt(v) * float(p.mean.square().mean().sqrt()) + 1e-8))
+            p.mean.mul_(math.sqrt(1.0 - v))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    archive = miracle_ban.encode(bnn, coder="trellis")
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    weights = sum(p.numel() for p in net.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.mban"
+        size = miracle_ban.save(archive, path)
+        started = time.perf_counter()
+        miracle_ban.load(path, net)
+        loading = time.perf_counter() - started
+    return [{"what": type(net).__name__, "weights": weights, "bytes": size, "encode_seconds": archive.info["seconds"],
+             "load_seconds": loading, "peak_mib_before": before, "peak_mib": after}]  # fmt: skip
+
+
 def lenet_table(data: str | None, work: Path, *, quick: bool) -> list[Row]:
     """LeNet-5's posteriors, fitted once for 1,140 bytes, packaged by every coder at that budget; test error of the file."""
     sys.path.insert(0, str(TOP / "recipes"))
@@ -292,12 +321,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.lenet:
-        results = {"LeNet-5 on MNIST, 1,140 bytes": lenet_table(args.data, args.work, quick=args.quick)}
+        results = {"lenet5": lenet_table(args.data, args.work, quick=args.quick)}
     else:
-        results = {"speed": speed_table(quick=args.quick), "blocks": blocks_table(quick=args.quick)}
+        results = {
+            "model": model_table(quick=args.quick), "speed": speed_table(quick=args.quick), "blocks": blocks_table(quick=args.quick),
+        }  # fmt: skip
     show(results)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        old = json.loads(args.json.read_text()) if args.json.exists() else {}
+        args.json.write_text(json.dumps({**old, **results}, indent=1) + "\n")
     if args.plot and "blocks" in results:
         draw(results["blocks"], args.plot)
 
