@@ -146,7 +146,8 @@ def _add_compress(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("source", type=Path, metavar="CHECKPOINT", help="trained weights: .safetensors, or a torch file with a state dict")
     command.add_argument("--model", required=True, metavar="M", help=_MODEL_HELP)
     data = "package.module:loader or file.py:loader; called, it gives batches of (inputs, targets), or a pair (batches, loss)"
-    command.add_argument("--data", required=True, metavar="D", help=data + "; the loss is cross-entropy by default")
+    data += "; the loss is cross-entropy by default. Without it nothing is trained, and the same error takes far more bytes"
+    command.add_argument("--data", metavar="D", help=data)
     command.add_argument("--budget", required=True, metavar="SIZE", help='of the whole file: bytes, "20 kB", "3 MB"')
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mban")
     command.add_argument("--epochs", type=_positive, default=30.0, help="passes over the data while training (default 30)")
@@ -376,8 +377,9 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     for path in (args.output, args.report, args.checkpoint):
         _writable(path)
     net = load_into(load_model(args.model), load_checkpoint(args.source), str(args.source))
-    batches, loss = load_data(args.data)
-    try_batch(net, batches, loss, args.data)
+    batches, loss = (None, None) if args.data is None else load_data(args.data)
+    if batches is not None and loss is not None:
+        try_batch(net, batches, loss, args.data)
     archive = compress(
         net,
         batches,
@@ -393,7 +395,8 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     )
     size = save(archive, args.output)
     rows = _tensor_rows(archive)
-    seconds = {"fit": archive.info["fit"]["seconds"], "encode": archive.info["seconds"]}
+    trained = {"fit": archive.info["fit"]["seconds"]} if "fit" in archive.info else {}
+    seconds = {**trained, "encode": archive.info["seconds"]}
     result = {"file": str(args.output), "tensors": rows, **_totals(rows, size), "stages": seconds, "seconds": sum(seconds.values())}
     if args.report is not None:
         report = {**archive.info, "tensors": rows, "codeword_bits": _codeword_bits(archive).tolist(), "file": str(args.output)}

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from . import coders
+from .allocate import allocate
 from .bits import NATS_PER_BIT, parse_bytes
 from .block_packing import BlockPacking
 from .container import Archive
@@ -168,6 +169,7 @@ def compress(
     epochs: float = 30.0,
     coder: str | coders.Coder = "trellis",
     seed: int = 0,
+    inputs: Any = None,
     where: Callable[[str, nn.Module], bool] | None = None,
     per_unit: bool = False,
     checkpoint: str | Path | None = None,
@@ -177,14 +179,18 @@ def compress(
 ) -> Archive:
     """Convert + fit + encode: a trained network becomes an archive of at most `budget`.
 
+    Without `batches` nothing is trained: the noise that the budget asks for is shared out over the weights as they are, by how
+    much the outputs mind it (`allocate`). That keeps far fewer bytes' worth of the network than training does.
+
     Args:
         net: a trained network; it is left alone.
-        batches: iterable of (inputs, targets): the training set.
+        batches: iterable of (inputs, targets): the training set; None if there is none.
         loss: `loss(outputs, targets)` -> mean negative log-likelihood of the batch, nats.
         budget: size of the whole file, bytes or text such as "20 kB".
         epochs: passes over `batches` in `fit`.
         coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README).
         seed: as in `encode`.
+        inputs: without `batches`: a batch of inputs to measure sensitivity on; default random numbers.
         where, per_unit: as in `convert`.
         checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit" and "<checkpoint>.encode".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
@@ -200,7 +206,10 @@ def compress(
         >>> archive = compress(net, loader, F.cross_entropy, budget="1.5 kB")  # doctest: +SKIP
     """
     if batches is None or loss is None:
-        raise CodingError("compress() needs batches and a loss to train with: compress(net, loader, F.cross_entropy, budget=...)")
+        if batches is not None or loss is not None:
+            raise CodingError("batches and loss come together: compress(net, loader, F.cross_entropy, budget=...), or neither")
+        options = {"inputs": inputs, "where": where, "progress": progress, **(encode_options or {})}
+        return _compress_weights(net, budget=budget, coder=coder, seed=seed, **options)
     model = convert(net, where=where, per_unit=per_unit)
     stage = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("fit", "encode")}
     common: dict[str, Any] = {"coder": coder, "seed": seed, "progress": progress}
@@ -210,6 +219,28 @@ def compress(
     if stage["fit"] is not None:
         stage["fit"].unlink(missing_ok=True)
     return archive
+
+
+def _compress_weights(
+    net: nn.Module,
+    *,
+    budget: str | int,
+    coder: str | coders.Coder,
+    seed: int,
+    inputs: Any,
+    where: Callable[[str, nn.Module], bool] | None,
+    progress: bool,
+    **options: Any,
+) -> Archive:
+    """`compress` without training data."""
+    model = convert(net, where=where, per_unit=True)
+    coder = coders.get(coder) if isinstance(coder, str) else coder
+    budget_bits = 8.0 * parse_bytes(budget)
+    coder = coder.settled(BLOCK_BITS, budget_bits)
+    names = carries_names(options.get("names"), model, budget_bits)
+    goal = index_budget_bits(parse_bytes(budget), side_bits(skeleton(model, coder=coder, seed=seed, names=names)))
+    allocate(model, goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), inputs=inputs, seed=seed)
+    return encode(model, coder=coder, seed=seed, budget=budget, progress=progress, **options)
 
 
 def _check_fresh(model: nn.Module) -> None:

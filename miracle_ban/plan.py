@@ -25,7 +25,7 @@ DROP_BELOW_BITS = 0.02  # KL per weight under which a unit with a prior scale of
 
 @torch.no_grad()
 def freeze_priors(model: nn.Module) -> dict[str, np.ndarray]:
-    """Round every prior scale to its 8-bit code and hold it; returns the codes by tensor.
+    """Round every prior scale, learned or given, to its 8-bit code and hold it; returns the codes by tensor.
 
     Where each unit has a scale of its own, units that carry next to nothing get code 0: they are dropped, their weights
     fixed at zero.
@@ -35,7 +35,7 @@ def freeze_priors(model: nn.Module) -> dict[str, np.ndarray]:
         if p.mean.numel() == 0:
             codes[name] = np.zeros(1, np.uint8)
             continue
-        moment = p.group_second_moment()
+        moment = p.group_second_moment() if p.prior_std is None else p.prior_std.square()
         code = prior_code(moment.sqrt().flatten().cpu().numpy())
         if p.per_unit and p.mean.dim() > 0:
             bits = p.kl_per_weight().flatten(1).mean(1) if p.mean.dim() > 1 else p.kl_per_weight()

@@ -115,3 +115,11 @@ def test_a_fault_is_one_line_and_status_1(folder, words, says):
 
 def test_wrong_usage_is_status_2(folder):
     run(folder, "compress", status=2)
+
+
+def test_compress_without_data_trains_nothing(folder):
+    result = json.loads(
+        run(folder, "compress", "net.safetensors", "--model", "mine:net", "--budget", "400", "-o", "raw.mban", "--json").stdout
+    )
+    assert (folder / "raw.mban").stat().st_size == result["file_bytes"] <= 400
+    assert set(result["stages"]) == {"encode"}

@@ -420,9 +420,3 @@ def test_compress_is_the_three_steps_in_one(trained_net, batches, tmp_path):
     bnn = convert(trained_net)
     fit(bnn, batches, F.cross_entropy, budget=180, epochs=20, coder="trellis", **QUIET)
     assert encode(bnn, batches, F.cross_entropy, coder="trellis", rounds=4, refine_steps=5, **QUIET).to_bytes() == archive.to_bytes()
-
-
-def test_compress_needs_data(trained_net, batches):
-    for arguments in ((), (batches,), (None, F.cross_entropy)):
-        with pytest.raises(MiracleError, match="batches and a loss"):
-            compress(trained_net, *arguments, budget=200)
