@@ -150,7 +150,9 @@ def super_level(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
     cell[:, -1] += tail[:, -1] * (-level[:, -1]).exp()
     mass = cell.flip(1).cumsum(1).flip(1)
     mean = (cell * middle).flip(1).cumsum(1).flip(1) / mass.clamp_min(1e-300)
-    at = (mean < blocks.kl_nats()[:, None]).sum(1, keepdim=True).clamp_max(mean.shape[1] - 1)
+    # the first level that is high enough; above the last that has any mass there is none
+    reached = (mean >= blocks.kl_nats()[:, None]) & (mass > 0.0)
+    at = torch.where(reached.any(1), reached.to(torch.uint8).argmax(1), (mass > 0.0).sum(1) - 1).clamp_min(0)[:, None]
     return level.gather(1, at)[:, 0].numpy(), mass.gather(1, at)[:, 0].clamp(1e-300, 1.0).log().numpy()
 
 
@@ -184,9 +186,9 @@ def _stretch(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _log_tail(blocks: Blocks, level: Tensor) -> Tensor:
-    """Ln Q[l >= level], `[blocks, grid]`: noncentral chi-square where all v of a block agree, else Lugannani-Rice."""
+    """Ln Q[l >= level], `[blocks, grid]`: noncentral chi-square where the v of a small block agree, else Lugannani-Rice."""
     v = blocks.v
-    shared = ((v.max(1).values - v.min(1).values) <= 1e-9 * v.max(1).values) & (v[:, 0] < 1.0)
+    shared = (v.shape[1] <= _GROUPS) & ((v.max(1).values - v.min(1).values) <= 1e-9 * v.max(1).values) & (v[:, 0] < 1.0)
     result = torch.empty_like(level)
     if shared.any():
         result[shared] = _log_tail_shared(blocks[shared], level[shared])

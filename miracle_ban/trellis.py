@@ -17,6 +17,7 @@ Leans on numpy and `randomness` only.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ LARGEST_WIDTH = 256  # weights in a step
 LARGEST_MEMORY = 20
 LARGEST_STEP_BITS = 8
 _GOLDEN = 2654435769  # 2^32 over the golden ratio
-_ROW = 1024
+_PART = 1 << 14  # steps at once: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -125,25 +126,28 @@ def decode_steps(seed: int, tensor: int, rate: Rate, memory: int, states: np.nda
     else:
         rows = codebook(seed, np.arange(1 << memory), rate.width)
     size = len(rows)
-    signed = states + size * signs(seed, tensor, 0, total).astype(np.int64)
-    in_order = signed[_columns_to_steps(total)]
+    tables = [np.concatenate([rows[:, j], -rows[:, j]]) for j in range(rate.width)]
+    sign, moved = signs(seed, tensor, 0, total), shifts(seed, tensor, rate).tolist()
     out = np.empty(rate.width * total, np.float32)
-    for j, shift in enumerate(shifts(seed, tensor, rate).tolist()):
-        table = np.concatenate([rows[:, j], -rows[:, j]])
-        start = j * total
-        np.take(table, in_order[total - shift :], out=out[start : start + shift], mode="clip")
-        np.take(table, in_order[: total - shift], out=out[start + shift : start + total], mode="clip")
+    for first, steps in _columns_to_steps(total):
+        at = states[steps] + size * sign[steps].astype(np.int64)
+        for j, (table, shift) in enumerate(zip(tables, moved, strict=True)):
+            column = first + shift - (total if first + shift >= total else 0)
+            before_end = min(len(at), total - column)
+            start = j * total + column
+            np.take(table, at[:before_end], out=out[start : start + before_end], mode="clip")
+            np.take(table, at[before_end:], out=out[j * total : j * total + len(at) - before_end], mode="clip")
     return out[: rate.count]
 
 
-def _columns_to_steps(steps: int) -> np.ndarray:
-    """The step that holds column c where the shift is 0: c / a mod T, int64 `[steps]`."""
+def _columns_to_steps(steps: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The step that holds column c where the shift is 0, c / a mod T: (first column, steps), part by part."""
     inverse = pow(multiplier(steps), -1, steps) if steps > 1 else 0
-    row = inverse * np.arange(min(_ROW, steps), dtype=np.int64) % steps
-    start = inverse * _ROW % steps * np.arange(-(-steps // _ROW), dtype=np.int64) % steps
-    both = start[:, None] + row[None, :]
-    both -= steps * (both >= steps)
-    return both.ravel()[:steps]
+    row = inverse * np.arange(min(_PART, steps), dtype=np.int64) % steps
+    for first in range(0, steps, _PART):
+        part = row[: steps - first] + inverse * first % steps
+        part -= steps * (part >= steps)
+        yield first, part
 
 
 def first_bits(rates: list[Rate], log2_frames: int) -> np.ndarray:
@@ -170,5 +174,9 @@ def words(bits: np.ndarray) -> np.ndarray:
 
 def windows(words: np.ndarray, ends: np.ndarray, memory: int) -> np.ndarray:
     """The `memory` bits of the stream before each position: int64."""
-    start = ends + (32 - memory)
-    return ((words[start >> 3] >> (32 - memory - (start & 7)).astype(np.uint32)) & np.uint32((1 << memory) - 1)).astype(np.int64)
+    states = np.empty(len(ends), np.int64)
+    mask = np.uint32((1 << memory) - 1)
+    for i in range(0, len(ends), _PART):
+        start = ends[i : i + _PART] + (32 - memory)
+        states[i : i + _PART] = (words[start >> 3] >> (32 - memory - (start & 7)).astype(np.uint32)) & mask
+    return states

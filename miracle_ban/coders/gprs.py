@@ -18,14 +18,15 @@ from .base import Codewords, Scorer
 from .octave import OctaveCoder, Part, Search
 
 _NODES = 48  # of a quadrature
+_EXTRA_BITS = {"posterior": 4.0, "super-level": 2.0}
 
 
 class GreedyPoisson(OctaveCoder):
     """GPRS with one codebook for all blocks.
 
     Args:
-        extra_bits: the search stops after 2^(KL bits of the block + extra_bits) candidates. 4 is the budgeted sampler,
-            8 is near exact.
+        extra_bits: the search stops after 2^(KL bits of the block + extra_bits) candidates. 4 is the budgeted sampler and
+            the default, 8 is near exact; 2 is the default of the super-level target, where it wastes least.
         max_log2_candidates: never search more than 2^this.
         private_seed: of the arrival times.
         target: "posterior" draws from the posterior. "super-level" draws from the prior restricted to {r >= h}, h such that
@@ -35,10 +36,11 @@ class GreedyPoisson(OctaveCoder):
 
     name = "gprs"
 
-    def __init__(self, *, extra_bits: float = 4.0, max_log2_candidates: int = 22, private_seed: int = 0, target: str = "posterior"):
-        super().__init__(extra_bits=extra_bits, max_log2_candidates=max_log2_candidates, private_seed=private_seed)
-        if target not in ("posterior", "super-level"):
+    def __init__(self, *, extra_bits: float | None = None, max_log2_candidates: int = 22, private_seed: int = 0, target: str = "posterior"):
+        if target not in _EXTRA_BITS:
             raise CodingError(f"target must be 'posterior' or 'super-level', not {target!r}")
+        extra_bits = _EXTRA_BITS[target] if extra_bits is None else extra_bits
+        super().__init__(extra_bits=extra_bits, max_log2_candidates=max_log2_candidates, private_seed=private_seed)
         self.target = target
 
     def _encode(self, scorer: Scorer) -> Codewords:

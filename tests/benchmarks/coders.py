@@ -163,7 +163,7 @@ def speed_table(*, quick: bool) -> list[Row]:
     count = 100_000 if quick else 1_000_000
     mean, std = matched(1, count, 0.23 * count)
     started = time.perf_counter()
-    words = coders.get("trellis").encode(mean, std, 1.0, seed=1)
+    words = coders.get("trellis", memory=12).encode(mean, std, 1.0, seed=1)
     seconds = time.perf_counter() - started
     rows.append({"what": "encode by trellis, memory 12, 0.25 bit a weight", "seconds": seconds, "rate": count / seconds / 1e6,
                  "unit": "M weights/s", "of_gemm": None})  # fmt: skip
@@ -225,7 +225,7 @@ def model_table(*, quick: bool) -> list[Row]:
         started = time.perf_counter()
         miracle_ban.load(path, net)
         loading = time.perf_counter() - started
-    return [{"what": type(net).__name__, "weights": weights, "bytes": size, "encode_seconds": archive.info["seconds"],
+    return [{"what": "ResNet-18" if quick else "ResNet-50", "weights": weights, "bytes": size, "encode_seconds": archive.info["seconds"],
              "load_seconds": loading, "peak_mib_before": before, "peak_mib": after}]  # fmt: skip
 
 
@@ -294,12 +294,15 @@ def draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    names = list(dict.fromkeys(row["coder"] for row in rows))
+    colours = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))
     figure, axes = plt.subplots(1, len(DIMENSIONS), figsize=(4 * len(DIMENSIONS), 4), sharey=True, layout="constrained")
     for axis, d in zip(axes, DIMENSIONS, strict=True):
-        for name in dict.fromkeys(row["coder"] for row in rows):
+        for name in names:
             own = [row for row in rows if row["coder"] == name and row["d"] == d]
             if own:
-                axis.errorbar([r["kl_bits"] for r in own], [r["j"] for r in own], [r["j_error"] for r in own], marker=".", label=name, lw=1)
+                x, y, error = ([r[k] for r in own] for k in ("kl_bits", "j", "j_error"))
+                axis.errorbar(x, y, error, marker=".", color=colours[name], label=name, lw=1)
         axis.set(title=f"{d} weight{'s' * (d > 1)} a block", xlabel="KL, bits", xscale="log", ylim=(0, 7))
         axis.set_xticks([*KL_BITS, *LONG_KL_BITS], [str(k) for k in (*KL_BITS, *LONG_KL_BITS)])
         axis.minorticks_off()
