@@ -18,7 +18,7 @@ from .container import RAW_DTYPES, TREES, Archive, Record, check_shapes, fingerp
 from .errors import FileFormatError, MiracleError, MismatchError
 from .files import write_whole
 from .tree import node_values
-from .trellis import decode_steps, step_ends, windows
+from .trellis import decode_steps
 
 
 def decode_array(archive: Archive, number: int) -> np.ndarray:
@@ -75,8 +75,7 @@ def _trellis_values(archive: Archive, number: int, count: int) -> np.ndarray:
     path, rate = archive.path, archive.records[number].rate
     assert path is not None
     assert rate is not None
-    states = windows(path.words, step_ends(rate, path.starts[number], path.log2_frames), path.memory)
-    return decode_steps(archive.seed, number, rate, path.memory, states)
+    return decode_steps(archive.seed, number, rate, path.memory, path.words, path.starts[number], path.log2_frames)
 
 
 def decode_one(archive: Archive, name: str) -> Tensor:

@@ -117,20 +117,25 @@ def step_values(seed: int, tensor: int, rate: Rate, steps: np.ndarray, states: n
     return np.where(sign[:, None] == 1, -values, values)
 
 
-def decode_steps(seed: int, tensor: int, rate: Rate, memory: int, states: np.ndarray) -> np.ndarray:
-    """All weights of a tensor from the states of all its steps, in units of the prior: float32 `[count]`."""
+def decode_steps(seed: int, tensor: int, rate: Rate, memory: int, words: np.ndarray, starts: np.ndarray, log2_frames: int) -> np.ndarray:
+    """All weights of a tensor, in units of the prior: float32 `[count]`.
+
+    Args:
+        seed, tensor, rate, memory, log2_frames: of the code.
+        words: the stream, from `words`.
+        starts: the tensor's column of `first_bits`.
+    """
     total = rate.steps
-    if total < 1 << memory:
-        rows = codebook(seed, states, rate.width)
-        states = np.arange(total)
-    else:
-        rows = codebook(seed, np.arange(1 << memory), rate.width)
-    size = len(rows)
+    offset = starts - rate.bits_before(rate.first_step(np.arange(1 << log2_frames, dtype=np.int64), log2_frames))
+    few = total < 1 << memory
+    needed = states(words, rate, offset, log2_frames, memory, np.arange(total)) if few else np.arange(1 << memory)
+    rows = codebook(seed, needed, rate.width)
     tables = [np.concatenate([rows[:, j], -rows[:, j]]) for j in range(rate.width)]
     sign, moved = signs(seed, tensor, 0, total), shifts(seed, tensor, rate).tolist()
     out = np.empty(rate.width * total, np.float32)
     for first, steps in _columns_to_steps(total):
-        at = states[steps] + size * sign[steps].astype(np.int64)
+        row = steps if few else states(words, rate, offset, log2_frames, memory, steps)
+        at = row + len(rows) * sign[steps].astype(np.int64)
         for j, (table, shift) in enumerate(zip(tables, moved, strict=True)):
             column = first + shift - (total if first + shift >= total else 0)
             before_end = min(len(at), total - column)
@@ -158,25 +163,21 @@ def first_bits(rates: list[Rate], log2_frames: int) -> np.ndarray:
     return (np.cumsum(size.ravel()) - size.ravel()).reshape(size.shape)
 
 
-def step_ends(rate: Rate, starts: np.ndarray, log2_frames: int) -> np.ndarray:
-    """Where in the stream the bits of each step end: int64 `[steps]`; `starts` is the tensor's column of `first_bits`."""
-    first = rate.first_step(np.arange(1 << log2_frames, dtype=np.int64), log2_frames)
-    steps = np.arange(rate.steps, dtype=np.int64)
-    lengths = np.diff(np.append(first, rate.steps))
-    return rate.bits_before(steps + 1) + np.repeat(starts - rate.bits_before(first), lengths)
-
-
 def words(bits: np.ndarray) -> np.ndarray:
     """32 bits of the stream from each byte on, four zero bytes put before it: uint32; `bits` is uint8 of 0 and 1."""
     padded = np.concatenate([np.zeros(4, np.uint8), np.packbits(bits), np.zeros(4, np.uint8)]).astype(np.uint32)
     return padded[:-3] << 24 | padded[1:-2] << 16 | padded[2:-1] << 8 | padded[3:]
 
 
-def windows(words: np.ndarray, ends: np.ndarray, memory: int) -> np.ndarray:
-    """The `memory` bits of the stream before each position: int64."""
-    states = np.empty(len(ends), np.int64)
-    mask = np.uint32((1 << memory) - 1)
-    for i in range(0, len(ends), _PART):
-        start = ends[i : i + _PART] + (32 - memory)
-        states[i : i + _PART] = (words[start >> 3] >> (32 - memory - (start & 7)).astype(np.uint32)) & mask
-    return states
+def states(words: np.ndarray, rate: Rate, offset: np.ndarray, log2_frames: int, memory: int, steps: np.ndarray) -> np.ndarray:
+    """The states after some steps of a tensor, the `memory` bits of the stream before there: uint32 `[steps]`.
+
+    `offset` is, for each frame, where in the stream the tensor's bits would begin if the frame were all of it.
+    """
+    largest = max(rate.steps * rate.rate, rate.bits + int(np.abs(offset).max(initial=0)))
+    width = np.int32 if largest < 1 << 30 else np.int64  # half the width is half the time
+    end = rate.bits_before((steps + 1).astype(width))
+    end = end + offset.astype(width)[(steps << log2_frames) // rate.steps if log2_frames else 0]
+    start = end + (32 - memory)
+    shift = (32 - memory - (start & 7)).astype(np.uint32)
+    return (words[start >> 3] >> shift) & np.uint32((1 << memory) - 1)

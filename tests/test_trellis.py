@@ -41,6 +41,11 @@ def law_of(rate: Rate, memory: int, kl_bits: float, seed: int = 0) -> StepLaw:
     return StepLaw(Features(5, memory), 3, rate, mean, std, torch.ones(rate.count, dtype=torch.float64))
 
 
+def read_states(rate: Rate, memory: int, bits: np.ndarray) -> np.ndarray:
+    """The states of all steps as a decoder reads them from the tensor's own bits."""
+    return trellis.states(trellis.words(bits), rate, np.zeros(1, np.int64), 0, memory, np.arange(rate.steps))
+
+
 # --- the frozen part ---
 
 
@@ -68,11 +73,12 @@ def test_every_weight_is_in_one_step(rate, seed, tensor):
 @settings(max_examples=40)
 @given(st.lists(rates, min_size=1, max_size=4), st.integers(0, 6), st.integers(4, 20), st.randoms(use_true_random=False))
 def test_the_stream_is_the_frames_one_after_the_other(all_rates, log2_frames, memory, random):
-    """Where steps end, and their states, against reading the stream step by step."""
+    """The states of all steps, against reading the stream step by step."""
     bits = np.array([random.getrandbits(1) for _ in range(sum(r.bits for r in all_rates))], np.uint8)
     starts, words = trellis.first_bits(all_rates, log2_frames), trellis.words(bits)
-    ends = [trellis.step_ends(r, starts[:, i], log2_frames) for i, r in enumerate(all_rates)]
-    states = [trellis.windows(words, e, memory) for e in ends]
+    frames = np.arange(1 << log2_frames)
+    offset = [starts[:, i] - r.bits_before(r.first_step(frames, log2_frames)) for i, r in enumerate(all_rates)]
+    states = [trellis.states(words, r, o, log2_frames, memory, np.arange(r.steps)) for r, o in zip(all_rates, offset, strict=True)]
     at = state = 0
     seen = [0] * len(all_rates)
     for frame in range(1 << log2_frames):
@@ -81,7 +87,7 @@ def test_the_stream_is_the_frames_one_after_the_other(all_rates, log2_frames, me
                 assert t == seen[i]
                 for _ in range(step_bits(r, t, t + 1)[0]):
                     state, at = (state << 1 | int(bits[at])) % (1 << memory), at + 1
-                assert (ends[i][t], states[i][t]) == (at, state)
+                assert states[i][t] == state
                 seen[i] += 1
     assert seen == [r.steps for r in all_rates]
     assert at == len(bits)
@@ -90,9 +96,10 @@ def test_the_stream_is_the_frames_one_after_the_other(all_rates, log2_frames, me
 @settings(max_examples=40)
 @given(rates, seeds, st.integers(0, 5), st.integers(4, 11), st.randoms(use_true_random=False))
 def test_a_tensor_is_its_steps_put_in_place(rate, seed, tensor, memory, random):
-    states = np.array([random.randrange(1 << memory) for _ in range(rate.steps)])
-    whole = trellis.decode_steps(seed, tensor, rate, memory, states)
+    words = trellis.words(np.array([random.getrandbits(1) for _ in range(rate.bits)], np.uint8))
+    whole = trellis.decode_steps(seed, tensor, rate, memory, words, np.zeros(1, np.int64), 0)
     steps = np.arange(rate.steps)
+    states = trellis.states(words, rate, np.zeros(1, np.int64), 0, memory, steps)
     values = trellis.step_values(seed, tensor, rate, steps, states)
     place = trellis.place(seed, tensor, rate, steps)
     assert whole.dtype == np.float32
@@ -141,9 +148,7 @@ def test_a_path_is_a_path_however_it_was_searched(steps):
     rate, memory = Rate(2 * steps, 2, 70), 6
     law = law_of(rate, memory, 0.8 * rate.bits)
     states, value = best_path(law)
-    words = trellis.words(path_bits(law, states))
-    ends = rate.bits_before(np.arange(1, steps + 1))
-    assert (trellis.windows(words, ends, memory) == states).all()
+    assert (read_states(rate, memory, path_bits(law, states)) == states).all()
     const, factors = law.coefficients(0, steps)
     scores = torch.cat([law.scores(const[i : i + 64], factors[i : i + 64]) for i in range(0, steps, 64)])
     assert float(scores.gather(1, torch.from_numpy(states)[:, None]).double().sum()) == pytest.approx(value, rel=1e-4)
@@ -166,9 +171,8 @@ def test_a_stretch_in_the_middle_goes_on_from_the_state_before_it():
     law = law_of(rate, memory, 0.8 * rate.bits)
     head, _ = best_path(law, 0, 0, 1000)
     tail, _ = best_path(law, int(head[-1]), 1000, 3000)
-    words = trellis.words(np.concatenate([path_bits(law, head), path_bits(law, tail, 1000)]))
-    ends = rate.bits_before(np.arange(1, 3001))
-    assert (trellis.windows(words, ends, memory) == np.concatenate([head, tail])).all()
+    bits = np.concatenate([path_bits(law, head), path_bits(law, tail, 1000)])
+    assert (read_states(rate, memory, bits) == np.concatenate([head, tail])).all()
 
 
 @given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 8)), min_size=1, max_size=20))

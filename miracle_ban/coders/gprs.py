@@ -57,6 +57,12 @@ class GreedyPoisson(OctaveCoder):
             _first_arrivals(law, part, search, time, rng)
         return search.codewords()
 
+    def predict_bits(self, kl_bits: float) -> float:
+        """See `Coder.predict_bits`; the index of a super-level set is spread evenly over the whole search."""
+        if self.target == "posterior":
+            return super().predict_bits(kl_bits)
+        return kl_bits + min(self.extra_bits + 0.9, 1.0 + kl_bits)
+
     def _survival(self, blocks: Blocks, log_candidates: np.ndarray) -> np.ndarray:
         """P(K > n) is S at sigma = n, up to a Poisson fluctuation of K; geometric for a super-level set."""
         if self.target == "posterior":

@@ -91,11 +91,10 @@ class Trellis(Coder):
         if not bits.size:
             return np.zeros((len(bits), codewords.dimension), np.float32)
         rate, memory = codewords.info["rate"], codewords.info["memory"]
-        ends = rate.bits_before(np.arange(1, rate.steps + 1))
-        rows = []
-        for number, own in zip(numbers.tolist(), bits, strict=True):
-            states = trellis.windows(trellis.words(own), ends, memory)
-            rows.append(trellis.decode_steps(seed, tensor + number, rate, memory, states))
+        rows = [
+            trellis.decode_steps(seed, tensor + number, rate, memory, trellis.words(own), np.zeros(1, np.int64), 0)
+            for number, own in zip(numbers.tolist(), bits, strict=True)
+        ]
         return np.stack(rows) * np.asarray(prior_std, np.float32)
 
     def expected_bits(self, mean, std, prior_std) -> np.ndarray:

@@ -178,10 +178,9 @@ def decode_rates(*, quick: bool) -> list[Row]:
     for name, bits_per_weight, memory in (("0.25", 0.25, 12), ("0.25", 0.25, 16), ("1", 1.0, 12), ("2.5", 2.5, 16)):
         rate = trellis.Rate.of(count, bits_per_weight * count)
         bits = np.random.default_rng(0).integers(0, 2, rate.bits).astype(np.uint8)
-        ends = rate.bits_before(np.arange(1, rate.steps + 1))
 
-        def run(rate=rate, bits=bits, ends=ends, memory=memory) -> None:
-            trellis.decode_steps(1, 0, rate, memory, trellis.windows(trellis.words(bits), ends, memory))
+        def run(rate=rate, bits=bits, memory=memory) -> None:
+            trellis.decode_steps(1, 0, rate, memory, trellis.words(bits), np.zeros(1, np.int64), 0)
 
         rows.append(fastest(f"decode trellis, memory {memory}, {name} bit a weight", count, run))
     mean, std = matched(2000, 64, 12.0)
