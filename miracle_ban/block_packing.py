@@ -186,11 +186,6 @@ class BlockPacking(Packing):
         expected = kl_bits.sum() + self._expected_overhead(kl_bits)
         return (expected - (goal_bits - self.spent_bits())) / len(kl_bits)
 
-    def expected_bits(self, model: nn.Module) -> float:
-        """Bits that all blocks would take as the posteriors are now."""
-        counts = {t.posterior.name: t.place.size for t in self.tensors}
-        return predicted_index_bits(kl_bits_by_tensor(model), counts, self.coder, self.block_bits)
-
     def finish(self, archive: Archive) -> int:
         """See `Packing.finish`."""
         for t in self.tensors:

@@ -64,7 +64,7 @@ def encode(
         seed: key of the shared randomness, stored in the file (small ones in fewer bits).
         budget: size of the whole file that refinement steers at; default what `fit` was given.
         block_bits: KL that one block carries, bits; default what `fit` was given.
-        rounds: how often coding stops to refine.
+        rounds: how often coding stops to refine; the trellis takes the nearest power of two.
         refine_steps: gradient steps after each round.
         learning_rate: of the means in the first round of refining; it falls to a tenth in the last.
         names: store names and shapes; default if the file is going to be larger than 10 kB.

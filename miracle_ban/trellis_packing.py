@@ -54,13 +54,15 @@ class TrellisPacking(Packing):
         rounds: int,
         saved: dict[str, Any] | None,
     ):
-        self.archive, self.seed, self.steered = archive, archive.seed, budget_bits is not None
+        self.archive, self.seed = archive, archive.seed
+        if saved is not None:
+            coder = Trellis(memory=saved["memory"], bits_per_weight=coder.bits_per_weight)
         self.efficiency = coder.efficiency
         held = posteriors(model)
         coded = [i for i, r in enumerate(archive.records) if r.kind == "coded"]
         self.posterior: dict[int, Posterior] = {i: held[str(archive.records[i].name)] for i in coded}
         self.count = {i: len(self._free(i)) for i in coded}
-        frames = min(round(math.log2(max(rounds, 1))), _LARGEST_LOG2_FRAMES)
+        frames = min(round(math.log2(max(rounds, 1))), _LARGEST_LOG2_FRAMES) if saved is None else saved["log2_frames"]
         self.path = archive.path = Path(coder.memory or 0, frames)
         if saved is None:
             self._allocate(coder, budget_bits)
@@ -227,6 +229,7 @@ class TrellisPacking(Packing):
         """See `Packing.state`."""
         return {
             "rates": {i: (r.count, r.width, r.rate) for i, r in self.rates.items()}, "frame": self.frame,
+            "memory": self.path.memory, "log2_frames": self.path.log2_frames,
             "state_before": self.state_before, "bits": torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *self.bits])),
             "account": [torch.from_numpy(a) for a in self.account()],
         }  # fmt: skip

@@ -333,6 +333,16 @@ def test_an_interrupted_packaging_goes_on_to_the_same_file(fitted, packaged, bat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_trellis_goes_on_with_the_frames_and_states_it_began_with(fitted, batches, tmp_path):
+    path = tmp_path / "state"
+    with pytest.raises(WorkError):
+        encode(copy.deepcopy(fitted[0]), batches, failing_after(25), coder="trellis", checkpoint=path, **REFINED)
+    bnn = copy.deepcopy(fitted[0])
+    archive = encode(bnn, batches, F.cross_entropy, coder="trellis", checkpoint=path, **{**REFINED, "rounds": 30})
+    assert archive.path.log2_frames == 3
+    assert helpers.same_state(decoded(archive, helpers.TinyNet()), mean_state(bnn))
+
+
 def test_checkpoints_of_other_work_and_damaged_ones_are_refused(fitted, batches, tmp_path):
     path = tmp_path / "state"
     with pytest.raises(WorkError):
