@@ -63,7 +63,12 @@ class Blocks:
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
         """l(x) = const + x . linear + x^2 . quadratic: const `[blocks]`, the others `[blocks, d]`."""
-        const = (-0.5 * self.v.log() - self.delta.square() / (2.0 * self.v)).sum(1)
+        const, linear, quadratic = self.coefficients_by_weight()
+        return const.sum(1), linear, quadratic
+
+    def coefficients_by_weight(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `coefficients`, each weight with its own part of the constant: all `[blocks, d]`."""
+        const = -0.5 * self.v.log() - self.delta.square() / (2.0 * self.v)
         return const, self.delta / self.v, 0.5 - 0.5 / self.v
 
     def log_ratio(self, x: Tensor) -> Tensor:

@@ -217,8 +217,7 @@ class TrellisPacking(Packing):
 
     def finish(self, archive: Archive) -> int:
         """See `Packing.finish`."""
-        self.path.bits = np.concatenate([np.zeros(0, np.uint8), *self.bits])
-        self.path.__dict__.pop("words", None)
+        self.path = archive.path = replace(self.path, bits=np.concatenate([np.zeros(0, np.uint8), *self.bits]))
         return archive.size_bytes
 
     def account(self) -> tuple[np.ndarray, np.ndarray]:

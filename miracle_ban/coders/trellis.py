@@ -137,9 +137,7 @@ class StepLaw:
     def __init__(self, features: Features, tensor: int, rate: Rate, mean: Tensor, std: Tensor, prior_std: Tensor):
         self.features, self.seed, self.memory, self.tensor, self.rate = features, features.seed, features.memory, tensor, rate
         whole = Blocks.of(mean[None], std[None], prior_std[None])
-        const = -0.5 * whole.v.log() - whole.delta.square() / (2.0 * whole.v)
-        parts = (const, whole.delta / whole.v, 0.5 - 0.5 / whole.v)
-        self._const, self._linear, self._quadratic = (v[0].float().to(features.device) for v in parts)
+        self._const, self._linear, self._quadratic = (v[0].float().to(features.device) for v in whole.coefficients_by_weight())
 
     def coefficients(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """Of steps first .. stop - 1: constant `[steps]` and the factors of the features `[steps, 2 width]`."""
