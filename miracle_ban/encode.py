@@ -20,16 +20,17 @@ from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from . import coders
-from .allocate import allocate
 from .bits import NATS_PER_BIT, parse_bytes
 from .block_packing import BlockPacking
 from .container import Archive
 from .convert import convert
 from .errors import BudgetError, CodingError, MiracleWarning
-from .layers import posteriors
+from .inputs import batches_of, made_for
+from .layers import posteriors, use_mode
 from .objective import Steering
 from .packing import Goal, Packing
 from .plan import carries_names, freeze_priors, kl_bits_by_tensor, predicted_index_bits, side_bits, skeleton
+from .reconstruct import Reconstruction
 from .train import BLOCK_BITS, LOG_STD_RATE, Feed, Loss, Session, fit, index_budget_bits, make_optimizer, seeded, train_step
 from .trellis_packing import TrellisPacking
 
@@ -52,6 +53,7 @@ def encode(
     learning_rate: float = 1e-3,
     names: bool | None = None,
     num_examples: int | None = None,
+    reconstruction: Reconstruction | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Archive:
@@ -69,6 +71,7 @@ def encode(
         learning_rate: of the means in the first round of refining; it falls to a tenth in the last.
         names: store names and shapes; default if the file is going to be larger than 10 kB.
         num_examples: N; default the length of the data set.
+        reconstruction: for the trellis: sets each layer's posterior when its turn comes; rounds are layers then.
         checkpoint: file that keeps the state after every round; if it exists, packaging resumes from it.
         progress: show a progress bar on stderr.
 
@@ -109,8 +112,9 @@ def encode(
     packing: Packing
     kept = None if saved is None else saved["packing"]
     if isinstance(coder, coders.Trellis):
-        packing = TrellisPacking(model, archive, coder, budget_bits=budget_bits, rounds=rounds, saved=kept)
-        rounds = 1 << packing.path.log2_frames
+        packing = TrellisPacking(model, archive, coder, budget_bits=budget_bits, rounds=rounds, saved=kept,
+                                 reconstruction=reconstruction)  # fmt: skip
+        rounds = len(packing.turns)
     else:
         assert isinstance(coder, coders.BlockCoder)
         packing = BlockPacking(model, archive, coder, block_bits=block_bits, goal_bits=goal, rounds=rounds, saved=kept)
@@ -135,7 +139,11 @@ def encode(
             if feed is not None and loss is not None and packing.num_coded < packing.total:
                 feed.restart()
                 _set_rate(optimizer, learning_rate * (1.0 - (1.0 - _LAST_RATE) * packing.num_coded / packing.total))
-                value, beta = _refine(model, feed, loss, optimizer, packing.goals(), steering, beta, refine_steps)
+                if reconstruction is None:
+                    value, beta = _refine(model, feed, loss, optimizer, packing.goals(), steering, beta, refine_steps)
+                else:
+                    value = _retrain(model, feed, loss, optimizer, refine_steps)
+                    reconstruction.refer()
                 spent = packing.spent_bits()
                 history.append({"coded": packing.num_coded, "loss": value, "beta": beta, "spent_bits": spent})
                 bar.set_postfix_str(f"loss {value:.4f}, beta {beta:.3g}, {(side + spent) / 8:,.0f} bytes so far")
@@ -179,8 +187,8 @@ def compress(
 ) -> Archive:
     """Convert + fit + encode: a trained network becomes an archive of at most `budget`.
 
-    Without `batches` nothing is trained: the noise that the budget asks for is shared out over the weights as they are, by how
-    much the outputs mind it (`allocate`). That keeps far fewer bytes' worth of the network than training does.
+    Without `batches` nothing is trained: the noise that the budget asks for is shared out over the weights as they are, and each
+    layer is made to repair what the coding of those before it did (`reconstruct`). At the smallest sizes training keeps more.
 
     Args:
         net: a trained network; it is left alone.
@@ -190,7 +198,8 @@ def compress(
         epochs: passes over `batches` in `fit`.
         coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README).
         seed: as in `encode`.
-        inputs: without `batches`: a batch of inputs to measure sensitivity on; default random numbers.
+        inputs: without `batches`: a tensor of examples, or an iterable of batches (labels are ignored), 1,024 examples at most
+            are used; default inputs made up to fit the network's BatchNorms (`inputs`).
         where, per_unit: as in `convert`.
         checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit" and "<checkpoint>.encode".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
@@ -233,13 +242,20 @@ def _compress_weights(
     **options: Any,
 ) -> Archive:
     """`compress` without training data."""
+    batches = made_for(net, seed=seed, progress=progress) if inputs is None else batches_of(inputs)
+    if not batches:
+        text = "no random input fits this network: give `inputs`, a batch, so that layers can be measured and corrected"
+        warnings.warn(text, MiracleWarning, stacklevel=3)
     model = convert(net, where=where, per_unit=True)
     coder = coders.get(coder) if isinstance(coder, str) else coder
     budget_bits = 8.0 * parse_bytes(budget)
     coder = coder.settled(BLOCK_BITS, budget_bits)
     names = carries_names(options.get("names"), model, budget_bits)
     goal = index_budget_bits(parse_bytes(budget), side_bits(skeleton(model, coder=coder, seed=seed, names=names)))
-    allocate(model, goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), inputs=inputs, seed=seed)
+    reconstruction = Reconstruction(model, batches)
+    reconstruction.plan(goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), seed=seed)
+    if isinstance(coder, coders.Trellis):
+        options["reconstruction"] = reconstruction
     return encode(model, coder=coder, seed=seed, budget=budget, progress=progress, **options)
 
 
@@ -292,6 +308,22 @@ def _refine(
             now.update(dict.fromkeys(goal.names, steering[goal.names].update(bits, goal.target_bits)))
     weight = sum(g.target_bits for g in goals)
     return total / steps, sum(steering[g.names].beta * g.target_bits for g in goals) / weight if goals else beta
+
+
+def _retrain(model: nn.Module, feed: Feed, loss: Loss, optimizer: torch.optim.Optimizer, steps: int) -> float:
+    """Train the means of the weights not coded yet, on the loss alone; returns its mean."""
+    for p in posteriors(model).values():
+        p.mean.requires_grad_(not bool(p.fixed.all()))
+    total = 0.0
+    with use_mode(model, "mean"):
+        for _ in range(steps):
+            x, y = feed.next()
+            value = loss(model(x), y)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            total += float(value.detach())
+    return total / steps
 
 
 def _account(packing: Packing, archive: Archive, size: int, beta: float, history: list[dict[str, float]], seconds: float) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Posterior(nn.Module):
     Args:
         name: the tensor's name in the original model's state dict.
         value: the trained weights, any shape.
-        per_unit: one prior scale per slice of axis 0 rather than one for the tensor.
+        per_unit: one prior scale per slice of axis 0 rather than one for the tensor, if it has two axes or more.
     """
 
     fixed: Tensor
@@ -45,12 +45,12 @@ class Posterior(nn.Module):
         super().__init__()
         self.name = name
         self.full_shape = tuple(value.shape)
-        self.per_unit = per_unit
+        self.per_unit = per_unit and value.dim() > 1
         self.local = False  # True where the layer draws on its output instead of here
         self.mode = "draw"
         self._cache: Tensor | None = None
         self._caching = False
-        mean = value.detach().clone()
+        mean = value.detach().clone(memory_format=torch.contiguous_format)
         mean = mean if mean.dtype == torch.float64 else mean.float()
         rms = float(mean.square().mean().sqrt()) if mean.numel() else 0.0
         std = max(INITIAL_RELATIVE_STD * rms, 1e-4)
@@ -101,10 +101,8 @@ class Posterior(nn.Module):
     def group_second_moment(self) -> Tensor:
         """Mean of `mean**2 + std**2` per prior group, broadcastable to the live shape."""
         second = self.mean.square() + (2 * self.log_std).exp()
-        if self.per_unit and second.dim() > 1:
-            return second.mean(dim=tuple(range(1, second.dim())), keepdim=True)
         if self.per_unit:
-            return second
+            return second.mean(dim=tuple(range(1, second.dim())), keepdim=True)
         return second.mean().reshape((1,) * second.dim())
 
     def kl_per_weight(self) -> Tensor:

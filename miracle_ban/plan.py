@@ -37,8 +37,8 @@ def freeze_priors(model: nn.Module) -> dict[str, np.ndarray]:
             continue
         moment = p.group_second_moment() if p.prior_std is None else p.prior_std.square()
         code = prior_code(moment.sqrt().flatten().cpu().numpy())
-        if p.per_unit and p.mean.dim() > 0:
-            bits = p.kl_per_weight().flatten(1).mean(1) if p.mean.dim() > 1 else p.kl_per_weight()
+        if p.per_unit:
+            bits = p.kl_per_weight().flatten(1).mean(1)
             code[(bits / NATS_PER_BIT).cpu().numpy() < DROP_BELOW_BITS] = 0
         std = torch.from_numpy(prior_std(np.maximum(code, 1))).reshape(moment.shape)
         p.freeze_prior(std)
@@ -87,7 +87,7 @@ def skeleton(model: nn.Module, *, coder: Coder, seed: int, names: bool, codes: d
         if entry.kind == "coded":
             p = held[entry.name]
             record.prior_codes = (
-                codes[entry.name] if codes is not None else np.ones(p.mean.shape[0] if p.per_unit and p.mean.dim() else 1, np.uint8)
+                codes[entry.name] if codes is not None else np.ones(p.mean.shape[0] if p.per_unit else 1, np.uint8)
             )
             record.index = np.ones(1, np.int64)
             if isinstance(coder, Trellis):

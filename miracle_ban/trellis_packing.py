@@ -20,11 +20,13 @@ from .container import Archive, Path, rates
 from .gaussian import Blocks
 from .layers import Posterior, posteriors
 from .packing import Goal, Packing, gather, live_positions
+from .reconstruct import Reconstruction
 from .trellis import RATE_UNIT, Rate
 
 _RATE_CODE_BITS = 2  # by which the code of a rate may grow from one to the next
 _STEPS_AT_ONCE = 1 << 13  # in one search through several tensors
 _LARGEST_LOG2_FRAMES = 12
+_CORRECTIONS, _FEWEST_STEPS = 16, 64  # parts that a reconstructed tensor is coded in, and steps in each at least
 _LARGEST_FACTOR = 1.3  # more bits than that over what the KL asks for buy next to nothing
 
 Piece = tuple[int, int, int]  # record number, first step, stop
@@ -40,6 +42,7 @@ class TrellisPacking(Packing):
         budget_bits: of the whole file; None gives each tensor what its KL asks for.
         rounds: frames, rounded to a power of two.
         saved: `state()` of an interrupted packaging.
+        reconstruction: sets each tensor's posterior when its turn comes; then there is one frame, and a round is one layer.
     """
 
     unit = "step"
@@ -53,8 +56,9 @@ class TrellisPacking(Packing):
         budget_bits: float | None,
         rounds: int,
         saved: dict[str, Any] | None,
+        reconstruction: Reconstruction | None = None,
     ):
-        self.archive, self.seed = archive, archive.seed
+        self.archive, self.seed, self.reconstruction = archive, archive.seed, reconstruction
         if saved is not None:
             coder = Trellis(memory=saved["memory"], bits_per_weight=coder.bits_per_weight)
         self.efficiency = coder.efficiency
@@ -62,10 +66,13 @@ class TrellisPacking(Packing):
         coded = [i for i, r in enumerate(archive.records) if r.kind == "coded"]
         self.posterior: dict[int, Posterior] = {i: held[str(archive.records[i].name)] for i in coded}
         self.count = {i: len(self._free(i)) for i in coded}
-        frames = min(round(math.log2(max(rounds, 1))), _LARGEST_LOG2_FRAMES) if saved is None else saved["log2_frames"]
+        frames = 0 if reconstruction else min(round(math.log2(max(rounds, 1))), _LARGEST_LOG2_FRAMES)
+        frames = frames if saved is None else saved["log2_frames"]
         self.path = archive.path = Path(coder.memory or 0, frames)
         if saved is None:
             self._allocate(coder, budget_bits)
+            if reconstruction is not None:
+                reconstruction.unshrink()
         else:
             for i in coded:
                 archive.records[i].rate = Rate(*saved["rates"][i])
@@ -73,7 +80,8 @@ class TrellisPacking(Packing):
         self.path.locate(self.rates)
         self.features = Features(self.seed, self.path.memory, next(model.parameters()).device)
         self.total = sum(r.steps for r in self.rates.values())
-        self.frame = self.state_before = 0
+        self.turns = self._turns()
+        self.turn = self.state_before = 0
         self.bits: list[np.ndarray] = []
         self.kl_bits: list[np.ndarray] = []
         self.log2_ratio: list[np.ndarray] = []
@@ -81,8 +89,9 @@ class TrellisPacking(Packing):
     def _allocate(self, coder: Trellis, budget_bits: float | None) -> None:
         """Share the bits of the stream out in proportion to each tensor's KL: equal KL for each bit, one beta for all."""
         records = self.archive.records
+        planned = self.reconstruction.kl_bits if self.reconstruction else {}
         with torch.no_grad():
-            kl_bits = {i: float(p.kl()) / NATS_PER_BIT for i, p in self.posterior.items()}
+            kl_bits = {i: planned.get(p.name, float(p.kl()) / NATS_PER_BIT) for i, p in self.posterior.items()}
         wanted = {i: coder.rate(self.count[i], kl_bits[i]).bits if coder.bits_per_weight else kl_bits[i] / coder.efficiency
                   for i in kl_bits}  # fmt: skip
         for i, bits in wanted.items():
@@ -115,32 +124,44 @@ class TrellisPacking(Packing):
             if not changed:
                 break
 
-    def _pieces(self, frame: int) -> list[Piece]:
-        """What a frame holds, in the order of the stream."""
+    def _turns(self) -> list[list[Piece]]:
+        """What each round codes, in the order of the stream: a frame, or a layer (a weight and the vectors after it)."""
         frames = self.path.log2_frames
-        bounds = ((i, r.first_step(frame, frames), r.first_step(frame + 1, frames)) for i, r in self.rates.items())
-        return [(i, first, stop) for i, first, stop in bounds if stop > first]
+        if not self.reconstruction:
+            bounds = {i: [r.first_step(f, frames) for f in range((1 << frames) + 1)] for i, r in self.rates.items()}
+            return [[(i, at[f], at[f + 1]) for i, at in bounds.items() if at[f + 1] > at[f]] for f in range(1 << frames)]
+        turns: list[list[Piece]] = [[]]
+        for i, r in self.rates.items():
+            if turns[-1] and self.posterior[i].mean.dim() > 1:
+                turns.append([])
+            turns[-1] += [(i, 0, r.steps)] if r.steps else []
+        return turns
 
     def _law(self, number: int) -> StepLaw:
         mean, std, prior = (v.to(self.features.device) for v in gather(self.posterior[number], self._free(number)))
         return StepLaw(self.features, number, self.rates[number], mean, std, prior)
 
     def code_round(self, rounds_left: int) -> None:
-        """See `Packing.code_round`: one frame, searched together with the beginning of the next."""
+        """See `Packing.code_round`: one turn, searched together with the beginning of the next."""
         laws: dict[int, StepLaw] = {}
-        pieces = self._pieces(self.frame)
-        last = self.frame + 1 == 1 << self.path.log2_frames
-        ahead = [] if last else self._pieces(self.frame + 1)
+        pieces = self.turns[self.turn]
+        ahead = self.turns[self.turn + 1] if self.turn + 1 < len(self.turns) else []
         while pieces:
             number, first, stop = pieces[0]
+            at_once = stop - first
+            if self.reconstruction:
+                self._reconstruct(number, first)
+                laws.pop(number, None)
+                at_once = max(-(-self.rates[number].steps // _CORRECTIONS), _FEWEST_STEPS)
             if number not in laws:
                 laws[number] = self._law(number)
-            if stop - first > 2 * SEGMENT:
+            if min(at_once, stop - first) > 2 * SEGMENT:
+                stop = min(stop, first + at_once)
                 states, _ = best_path(laws[number], self.state_before, first, stop)
                 self._commit(number, first, states, path_bits(laws[number], states, first))
-                pieces = pieces[1:]
+                pieces = _after(pieces, [(number, first, stop)])
                 continue
-            together = _up_to(pieces, _STEPS_AT_ONCE)
+            together = _up_to(pieces[:1], at_once) if self.reconstruction else _up_to(pieces, _STEPS_AT_ONCE)
             rest = _after(pieces, together)
             beyond = _up_to(rest + ahead, OVERLAP)
             for i, _, _ in together + beyond:
@@ -148,7 +169,14 @@ class TrellisPacking(Packing):
                     laws[i] = self._law(i)
             self._search(together, beyond, laws)
             pieces = rest
-        self.frame += 1
+        self.turn += 1
+
+    def _reconstruct(self, number: int, step: int) -> None:
+        """Let what is left of a tensor, from `step` on, make up for what is coded."""
+        assert self.reconstruction
+        rate = self.rates[number]
+        kl_bits = self.efficiency * (rate.bits - rate.bits_before(step))
+        (self.reconstruction.update if step else self.reconstruction.begin)(self.posterior[number].name, kl_bits)
 
     def _search(self, pieces: list[Piece], beyond: list[Piece], laws: dict[int, StepLaw]) -> None:
         """Find the best path through `pieces`, with what follows in view, and commit it."""
@@ -200,7 +228,7 @@ class TrellisPacking(Packing):
     @property
     def num_coded(self) -> int:
         """See `Packing.num_coded`."""
-        return sum(r.first_step(self.frame, self.path.log2_frames) for r in self.rates.values())
+        return sum(stop - first for turn in self.turns[: self.turn] for _, first, stop in turn)
 
     def spent_bits(self) -> float:
         """See `Packing.spent_bits`."""
@@ -208,12 +236,9 @@ class TrellisPacking(Packing):
 
     def goals(self) -> list[Goal]:
         """See `Packing.goals`: for each tensor on its own, whether or not there is a budget."""
-        result = []
-        for i, rate in self.rates.items():
-            left = rate.bits - rate.bits_before(rate.first_step(self.frame, self.path.log2_frames))
-            if left:
-                result.append(Goal((self.posterior[i].name,), 0.0, self.efficiency * left))
-        return result
+        reached = {i: stop for turn in self.turns[: self.turn] for i, _, stop in turn}
+        left = {i: r.bits - r.bits_before(reached.get(i, 0)) for i, r in self.rates.items()}
+        return [Goal((self.posterior[i].name,), 0.0, self.efficiency * bits) for i, bits in left.items() if bits]
 
     def finish(self, archive: Archive) -> int:
         """See `Packing.finish`."""
@@ -227,7 +252,7 @@ class TrellisPacking(Packing):
     def state(self) -> dict[str, Any]:
         """See `Packing.state`."""
         return {
-            "rates": {i: (r.count, r.width, r.rate) for i, r in self.rates.items()}, "frame": self.frame,
+            "rates": {i: (r.count, r.width, r.rate) for i, r in self.rates.items()}, "turn": self.turn,
             "memory": self.path.memory, "log2_frames": self.path.log2_frames,
             "state_before": self.state_before, "bits": torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *self.bits])),
             "account": [torch.from_numpy(a) for a in self.account()],
@@ -235,7 +260,7 @@ class TrellisPacking(Packing):
 
     def restore(self, saved: dict[str, Any]) -> None:
         """See `Packing.restore`."""
-        self.frame, self.state_before = saved["frame"], saved["state_before"]
+        self.turn, self.state_before = saved["turn"], saved["state_before"]
         self.bits = [saved["bits"].numpy()]
         self.kl_bits, self.log2_ratio = ([a.numpy()] for a in saved["account"])
 

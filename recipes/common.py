@@ -58,6 +58,41 @@ def mnist(root: Path, *, name: str = "mnist") -> dict[str, tuple[Tensor, Tensor]
     }
 
 
+def cifar10(root: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """CIFAR-10 as {"train": (images, labels), "validation": ..., "test": ...}; images uint8 `[n, 32, 32, 3]`, 5,000 of the test.
+
+    Lossless mosaics of 100 images a row, `root/cifar10/train_1.webp` to `train_5.webp` and `test_00000_04999.webp` with labels
+    in .npy files; if they are not there torchvision downloads the original to `root`.
+    """
+    folder = root / "cifar10"
+    found = {}
+    if (folder / "train_labels.npy").exists():
+        for part, files in (("train", [f"train_{k}.webp" for k in range(1, 6)]), ("test", ["test_00000_04999.webp"])):
+            images = np.concatenate([_unpack(folder / f) for f in files])
+            labels = np.load(folder / ("train_labels.npy" if part == "train" else "test_00000_04999_labels.npy"))
+            found[part] = (torch.from_numpy(images), torch.from_numpy(labels).long())
+    else:
+        import torchvision
+
+        for part in ("train", "test"):
+            raw = torchvision.datasets.CIFAR10(str(root), train=part == "train", download=True)
+            found[part] = (torch.from_numpy(raw.data), torch.tensor(raw.targets))
+    images, labels = found["train"]
+    return {
+        "train": (images[:-NUM_VALIDATION], labels[:-NUM_VALIDATION]),
+        "validation": (images[-NUM_VALIDATION:], labels[-NUM_VALIDATION:]),
+        "test": (found["test"][0][:5000], found["test"][1][:5000]),
+    }
+
+
+def _unpack(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    mosaic = np.asarray(Image.open(path).convert("RGB"))
+    rows, columns = mosaic.shape[0] // 32, mosaic.shape[1] // 32
+    return mosaic.reshape(rows, 32, columns, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
+
+
 class Batches:
     """Shuffled batches of images in memory, each image under a small random affine map.
 

@@ -278,7 +278,7 @@ def test_prior_scales_per_unit():
     assert bool(torch.isfinite(kl(bnn)))
     held = posteriors(bnn)
     assert held["inner.weight"].group_second_moment().shape == (3, 1)
-    assert held["inner.bias"].group_second_moment().shape == (3,)
+    assert held["inner.bias"].group_second_moment().shape == (1,)
 
 
 # --- what cannot be converted ---

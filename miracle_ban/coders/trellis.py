@@ -7,6 +7,7 @@ states its mean log ratio is 0.91 bits for each bit that it takes, where one-blo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -22,7 +23,8 @@ from .base import Coder, Codewords, checked
 
 SEGMENT = 16 * RATE_UNIT  # steps that are searched at once: a multiple of the rate's unit, so that all segments look alike
 OVERLAP = 2 * RATE_UNIT  # steps after which a choice does not depend on what lies beyond
-_LONG, _SHORT_MEMORY, _LONG_MEMORY = 1 << 18, 16, 12
+_SMALLEST_MEMORY, _LARGEST_MEMORY = 12, 16  # unless told otherwise
+_LOG2_WORK = 36  # bits of the stream times states, up to which the memory is larger: minutes on two cores
 _SCORES = 1 << 18  # scores in memory at once: they stay in the cache
 _PATHS = 1 << 28  # backward pointers in memory at once
 _ROWS_IN_CACHE = 1 << 17  # scores of one step for all sequences
@@ -34,7 +36,7 @@ class Trellis(Coder):
     """Trellis coder: every row that it encodes is one sequence of its own.
 
     Args:
-        memory: bits of the state, 8 to 20; work doubles with each. Default 16 up to 2^18 bits, 12 for more.
+        memory: bits of the state, 8 to 20; work doubles with each. Default 16 up to 2^20 bits, falling to 12 from 2^24.
         bits_per_weight: rate; default what the rows' KL asks for.
     """
 
@@ -50,13 +52,14 @@ class Trellis(Coder):
 
     def settled(self, block_bits: float, total_bits: float) -> Trellis:
         """See `Coder.settled`: the memory."""
-        memory = self.memory or (_LONG_MEMORY if total_bits > _LONG else _SHORT_MEMORY)
+        fitting = _LOG2_WORK - math.ceil(math.log2(max(total_bits, 1.0)))
+        memory = self.memory or min(max(fitting, _SMALLEST_MEMORY), _LARGEST_MEMORY)
         return Trellis(memory=memory, bits_per_weight=self.bits_per_weight)
 
     @property
     def efficiency(self) -> float:
         """KL bits that one bit of the stream carries."""
-        return float(np.interp(self.memory or _LONG_MEMORY, list(_EFFICIENCY), list(_EFFICIENCY.values())))
+        return float(np.interp(self.memory or _SMALLEST_MEMORY, list(_EFFICIENCY), list(_EFFICIENCY.values())))
 
     def rate(self, count: int, kl_bits: float) -> Rate:
         """The rate of `count` weights with that KL together."""

@@ -1,0 +1,392 @@
+"""Posteriors from trained weights and unlabelled inputs, layer by layer: what is not coded yet makes up for what is.
+
+A layer's outputs are to stay what they were in the float network. With its inputs x in the float network and x' in the network as
+it is coded so far, weights W and W', the squared error of the outputs is
+
+    E |W x - W' x'|^2  =  tr(W' H W'^T) - 2 tr(W C W'^T) + const,      H = E x' x'^T,  C = E x x'^T  (means removed: the bias takes them)
+
+a Gaussian log-likelihood of precision `lam / var(y)`. Under the prior N(0, s^2) the best factorised posterior has the variances
+1 / (precision H_ii + 1 / s^2), and as means the solution of a ridge regression, in which the weights already coded stand at their
+decoded values. It is solved again after each part of a layer: optimal brain surgery (Hassibi and Stork 1993) for a random code, as
+GPTQ is for rounding (Frantar et al. 2023, arXiv 2210.17323); C in place of H makes up for the layers before as well.
+Leans on `layers` and torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .bits import NATS_PER_BIT
+from .convert import conversion
+from .layers import Posterior, posteriors, use_mode
+
+_PRIOR = 2.0  # variance of the prior over that of the weights: the corrections make them larger
+_FARTHEST, _FARTHEST_ELSEWHERE = 5.0, 3.3  # prior stds that a weight may be away from zero, in corrected layers and in other tensors
+_LARGEST_RATIO = 0.999  # noise over variance
+_LEAST = 1e-12
+_LARGEST_PART_OF_KL = 1.5  # that a tensor may have in the rehearsal
+_DAMPING = 0.1  # of H, relative to its mean diagonal
+_TYPICAL_INPUTS = 256.0  # of a layer, where no layer was seen
+_FIRST_STEPS, _STEPS = 30, 8  # of conjugate gradients: from the trained weights, from the solution before
+_LARGEST_PART = 4096  # inputs of a layer that are solved for together
+_ROWS, _ROWS_PER_INPUT = 16384, 8  # examples times positions that H is measured on: at least, and for each input
+_SAMPLE = 1 << 16  # weights that the KL of a tensor is estimated on
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+_CORRECTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class _Reached(Exception):
+    """The module that was waited for has been called."""
+
+
+@dataclass
+class _Regression:
+    """Of one layer, in parts that do not interact."""
+
+    h: Tensor  # [parts, inputs, inputs]
+    goal: Tensor  # W C, [parts, rows, inputs]
+    precision: float  # of an output
+
+
+class Reconstruction:
+    """Sets the posteriors of a converted network before it is coded, and again while it is.
+
+    Args:
+        model: from `convert`, not trained since: its means are the float network's weights.
+        batches: inputs, each something that the model takes; may be empty, then nothing is measured.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Any]):
+        self.model, self.batches = model, batches
+        self.float = copy.deepcopy(model).eval()
+        self.lam = 1.0
+        self.kl_bits: dict[str, float] = {}  # that each tensor is going to have when it is coded
+        self.owner = _owners(model)
+        self.output: dict[str, float] = {}  # variance of the outputs of each module that owns something
+        self._regressions: dict[str, _Regression] = {}
+        with torch.no_grad():
+            self._precision = self._measure()
+
+    @torch.no_grad()
+    def allocate(self, kl_bits: float) -> None:
+        """Set all posteriors and priors so that their KL is `kl_bits` and every weight of a layer adds the same share of noise."""
+        held = {name: p for name, p in posteriors(self.model).items() if p.mean.numel()}
+        trained = {name: p.mean.detach().clone() for name, p in held.items()}
+        for p in held.values():
+            p.per_unit = p.mean.dim() > 1
+
+        def spent(lam: float) -> float:
+            for name, p in held.items():
+                _set(p, trained[name], lam * self._precision[name], corrected=name in self.owner and p.mean.dim() > 1)
+            return sum(float(p.kl()) for p in held.values()) / NATS_PER_BIT
+
+        low, high = 1e-6, 1e12
+        while high / low > 1.0001:
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if spent(middle) > kl_bits else (middle, high)
+        spent(low)
+        self.lam = low
+
+    @torch.no_grad()
+    def plan(self, kl_bits: float, *, seed: int = 0) -> None:
+        """`allocate`, then find what KL each tensor has when its turn comes: a rehearsal with plain draws instead of a code.
+
+        The less a layer's inputs are worth by then, the less its weights are: later layers take fewer bits than before coding.
+        """
+        self.allocate(kl_bits)
+        before = {name: float(p.kl()) for name, p in posteriors(self.model).items()}
+        real, self.model = self.model, copy.deepcopy(self.model)
+        generator = torch.Generator().manual_seed(seed)
+        part = {}
+        for name, p in posteriors(self.model).items():
+            self.begin(name, None)
+            part[name] = min(float(p.kl()) / max(before[name], _LEAST), _LARGEST_PART_OF_KL)
+            noise = torch.randn(p.mean.shape, generator=generator).to(p.mean)
+            p.fix(torch.arange(p.mean.numel(), device=p.mean.device), (p.mean + p.log_std.exp() * noise).flatten())
+        self.model = real
+        self.allocate(kl_bits * sum(before.values()) / sum(part[name] * v for name, v in before.items()))
+        self.kl_bits = {name: part[name] * float(p.kl()) / NATS_PER_BIT for name, p in posteriors(self.model).items()}
+
+    @torch.no_grad()
+    def unshrink(self) -> None:
+        """Put the means of the weights that will be solved for back to the float network's, now that their KL is known."""
+        trained = posteriors(self.float)
+        for name, p in posteriors(self.model).items():
+            if name in self.owner:
+                p.mean.copy_(torch.where(p.fixed, p.mean, trained[name].mean))
+
+    def refer(self) -> None:
+        """From now on keep the outputs of layers at what they are in the network as it stands, for it has been trained."""
+        self.float = copy.deepcopy(self.model).eval()
+
+    def _measure(self) -> dict[str, Tensor]:
+        """The precision, for `lam` 1, that each weight is worth: its input's variance over that of its layer's outputs."""
+        inputs, outputs = _moments(self.float, set(self.owner.values()), self.batches)
+        self.owner = {name: module for name, module in self.owner.items() if module in inputs}
+        self.output = {module: max(float(outputs[module].mean()), _LEAST) for module in inputs}
+        held = {name: p for name, p in posteriors(self.model).items() if p.mean.numel()}
+        logs = [(p.mean.numel(), math.log(p.mean[0].numel())) for name, p in held.items() if name in self.owner and p.mean.dim() > 1]
+        count = sum(n for n, _ in logs)
+        typical = math.exp(sum(n * v for n, v in logs) / count) if count else _TYPICAL_INPUTS
+        found = {}
+        for name, p in held.items():
+            matrix, module = p.mean.dim() > 1, self.owner.get(name)
+            if module is None:
+                share = typical if matrix else 1.0  # of noise: as in a layer of typical size, or in a bias
+                found[name] = 1.0 / (share * p.mean.detach().square().mean() + _LEAST)
+            elif not matrix:
+                found[name] = p.mean.new_tensor(1.0 / self.output[module])
+            else:
+                variance = inputs[module].reshape(getattr(self.float.get_submodule(module), "groups", 1), -1)
+                variance = variance + _DAMPING * variance.mean(1, keepdim=True) + _LEAST
+                variance = variance.repeat_interleave(p.mean.shape[0] // len(variance), 0)
+                found[name] = (variance / self.output[module]).reshape(*variance.shape, *[1] * (p.mean.dim() - 2))
+        return found
+
+    @torch.no_grad()
+    def begin(self, name: str, kl_bits: float | None) -> None:
+        """Before the first weight of a tensor is coded: what it should be now that others are; its KL is to be `kl_bits`, if given."""
+        module = self.owner.get(name)
+        if module is None:
+            return
+        p, layer = posteriors(self.model)[name], self.float.get_submodule(module)
+        if p.mean.dim() == 1:
+            p.mean.add_((self._mean_output(self.float, module) - self._mean_output(self.model, module)).to(p.mean))
+            _match(p, p.mean.new_tensor(self.lam / self.output[module]), kl_bits)
+            return
+        trained = _parts(layer, posteriors(self.float)[name].mean)
+        h, c = self._products(module, centred=self._has_bias(module))
+        damping = _DAMPING * h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + _LEAST
+        damping = damping * torch.eye(h.shape[1], device=h.device)
+        self._regressions = {name: _Regression(h + damping, trained @ (c + damping), self.lam / self.output[module])}
+        self._solve(name, kl_bits, _FIRST_STEPS)
+
+    @torch.no_grad()
+    def update(self, name: str, kl_bits: float) -> None:
+        """After some of a tensor's weights are coded: the others make up for it; their KL is to be `kl_bits`."""
+        if name in self._regressions and kl_bits > 0:
+            self._solve(name, kl_bits, _STEPS)
+
+    def _solve(self, name: str, kl_bits: float | None, steps: int) -> None:
+        p, layer, r = posteriors(self.model)[name], self.float.get_submodule(self.owner[name]), self._regressions[name]
+        assert p.prior_std is not None
+        free = _parts(layer, (~p.fixed).to(p.mean))
+        fixed, mean = _parts(layer, p.value) * (1 - free), _parts(layer, p.mean) * free
+        weight = _parts(layer, p.prior_std.square().expand_as(p.mean)).reciprocal() / r.precision
+        mean = _conjugate_gradients(lambda m: (m @ r.h + weight * m) * free, (r.goal - fixed @ r.h) * free, mean,
+                                    r.h.diagonal(dim1=1, dim2=2)[:, None, :] + weight, steps)  # fmt: skip
+        p.mean.copy_(torch.where(p.fixed, p.mean, _joined(layer, mean, p.mean.shape)))
+        each = r.h.diagonal(dim1=1, dim2=2)[:, None, :].expand_as(mean)
+        _match(p, r.precision * _joined(layer, each, p.mean.shape), kl_bits)
+
+    def _has_bias(self, module: str) -> bool:
+        return f"{module}.bias" in self.owner or module in dict(conversion(self.model).folded)
+
+    def _products(self, module: str, *, centred: bool) -> tuple[Tensor, Tensor]:
+        """H and C of a layer, `[parts, inputs, inputs]`."""
+        layer = self.float.get_submodule(module)
+        generator = torch.Generator().manual_seed(0)
+        h: Any = 0.0
+        c: Any = 0.0
+        mean: Any = 0.0
+        mean_float: Any = 0.0
+        count = 0
+        for batch in self.batches:
+            x_float, x = (_called(net, module, batch, output=False) for net in (self.float, self.model))
+            x_float, x = _rows(layer, [x_float, x], len(self.batches), generator)
+            count += x.shape[1]
+            h, c = h + x.mT @ x, c + x_float.mT @ x
+            mean, mean_float = mean + x.sum(1), mean_float + x_float.sum(1)
+        h, c, mean, mean_float = (v / count for v in (h, c, mean, mean_float))
+        if not centred:
+            return h, c
+        return h - mean[:, :, None] * mean[:, None, :], c - mean_float[:, :, None] * mean[:, None, :]
+
+    def _mean_output(self, net: nn.Module, module: str) -> Tensor:
+        """Mean of a module's outputs by channel."""
+        rows = [_channels(net.get_submodule(module), _called(net, module, batch, output=True)) for batch in self.batches]
+        return torch.cat(rows, 1).mean(1)
+
+
+def _owners(model: nn.Module) -> dict[str, str]:
+    """The module whose outputs each posterior's weights shape: weights of layers, biases of layers and norms, none of them tied."""
+    found: dict[str, list[str]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        held = module._modules.get("posterior")
+        for own, p in dict(held.named_children()).items() if held is not None else ():
+            fits = isinstance(module, _CORRECTED) if own == "weight" else isinstance(module, (*_CHANNELS_LAST, *_CHANNELS_FIRST))
+            found.setdefault(str(p.name), []).append(module_name if own in ("weight", "bias") and fits else "")
+    return {name: modules[0] for name, modules in found.items() if len(modules) == 1 and modules[0]}
+
+
+@torch.no_grad()
+def _set(p: Posterior, weights: Tensor, precision: Tensor, *, corrected: bool) -> None:
+    """Posterior and prior of one tensor, where noise of variance 1 / `precision` may be added to each weight."""
+    rows = weights.flatten(1) if p.per_unit else weights.reshape(1, -1)
+    shape = (-1 if p.per_unit else 1,) + (1,) * (weights.dim() - 1)
+    square, largest = rows.square().mean(1).reshape(shape), rows.abs().amax(1).reshape(shape)
+    factor, farthest = (_PRIOR, _FARTHEST) if corrected else (1.0, _FARTHEST_ELSEWHERE)
+    variance = torch.maximum(factor * square, (largest / farthest).square()).clamp_min(_LEAST)
+    noise = precision.reciprocal().expand_as(weights)
+    ratio = (noise.flatten(1).mean(1).reshape(shape) if p.per_unit else noise.mean().reshape(shape)) / variance
+    prior = variance * (1.0 - ratio.clamp(1e-12, _LARGEST_RATIO))
+    var = 1.0 / (precision + 1.0 / prior)
+    p.mean.copy_(weights * (1.0 - var / prior))
+    p.log_std.copy_((0.5 * var.log()).expand_as(weights))
+    p.freeze_prior(prior.sqrt())
+
+
+def _match(p: Posterior, precision: Tensor, kl_bits: float | None) -> None:
+    """Set the standard deviations by `precision`, times a common factor that makes the KL of the free weights `kl_bits`."""
+    assert p.prior_std is not None
+    prior = p.prior_std.square().expand_as(p.mean)
+    precision = precision.expand_as(p.mean)
+    free = torch.nonzero(~p.fixed.flatten()).squeeze(1)
+    if not len(free) or kl_bits is None:
+        p.log_std.copy_(-0.5 * (precision + 1.0 / prior).log())
+        return
+    some = free[:: -(-len(free) // _SAMPLE)]
+    square, own_prior, own = (v.flatten()[some].double() for v in (p.mean.square(), prior, precision))
+    wanted = kl_bits * NATS_PER_BIT * len(some) / len(free)
+
+    def kl(factor: float) -> float:
+        var = 1.0 / (factor * own + 1.0 / own_prior)
+        return float(0.5 * ((var + square) / own_prior - 1.0 + (own_prior / var).log()).sum())
+
+    low, high = 1e-3, 1e3
+    while high / low > 1.001:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if kl(middle) > wanted else (middle, high)
+    p.log_std.copy_(-0.5 * (low * precision + 1.0 / prior).log())
+
+
+def _conjugate_gradients(apply: Callable[[Tensor], Tensor], goal: Tensor, x: Tensor, diagonal: Tensor, steps: int) -> Tensor:
+    """Solve apply(x) = goal, row by row, from `x` on; `diagonal` is that of the symmetric positive map."""
+    residual = goal - apply(x)
+    z = residual / diagonal
+    direction, size = z, (residual * z).sum(-1, keepdim=True)
+    for _ in range(steps):
+        mapped = apply(direction)
+        length = size / ((direction * mapped).sum(-1, keepdim=True) + 1e-30)
+        x, residual = x + length * direction, residual - length * mapped
+        z = residual / diagonal
+        before, size = size, (residual * z).sum(-1, keepdim=True)
+        direction = z + size / (before + 1e-30) * direction
+    return x
+
+
+def _number_of_parts(layer: nn.Module) -> int:
+    if not isinstance(layer, nn.Linear):
+        return int(layer.groups)  # type: ignore[arg-type]
+    least = -(-layer.in_features // _LARGEST_PART)
+    return next(n for n in range(least, layer.in_features + 1) if layer.in_features % n == 0)
+
+
+def _parts(layer: nn.Module, weights: Tensor) -> Tensor:
+    """A layer's weights as `[parts, rows, inputs]`."""
+    number = _number_of_parts(layer)
+    if isinstance(layer, nn.Linear):
+        return weights.reshape(len(weights), number, -1).transpose(0, 1)
+    return weights.reshape(number, len(weights) // number, -1)
+
+
+def _joined(layer: nn.Module, parts: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_parts`."""
+    return (parts.transpose(0, 1) if isinstance(layer, nn.Linear) else parts).reshape(shape)
+
+
+def _rows(layer: nn.Module, inputs: list[Tensor], batches: int, generator: torch.Generator) -> list[Tensor]:
+    """What a layer multiplies its weights with, at the same random places of each of `inputs`: `[parts, rows, inputs]`."""
+    views = [_patches(layer, x) for x in inputs]
+    size = views[0].shape[: views[0].dim() - _inner(layer)]
+    wide = views[0][(0,) * len(size)].numel()
+    number = math.prod(size)
+    most = -(-max(_ROWS, _ROWS_PER_INPUT * wide) // batches)
+    at = torch.randperm(number, generator=generator)[:most] if number > most else torch.arange(number)
+    places = tuple(i.to(inputs[0].device) for i in torch.unravel_index(at, size))
+    return [v[places].reshape(len(at), _number_of_parts(layer), -1).transpose(0, 1).float() for v in views]
+
+
+def _inner(layer: nn.Module) -> int:
+    """Axes of one patch."""
+    return 1 if isinstance(layer, nn.Linear) else 1 + len(layer.kernel_size)  # type: ignore[arg-type]
+
+
+def _patches(layer: Any, x: Tensor) -> Tensor:
+    """A view of `x` as `[..., inputs]` of a linear layer, `[n, *places, channels, *kernel]` of a convolution."""
+    if isinstance(layer, nn.Linear):
+        return x
+    nd = len(layer.kernel_size)
+    x = x[None] if x.dim() == nd + 1 else x
+    x = F.pad(x, layer._reversed_padding_repeated_twice, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    for axis, (size, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        x = x.unfold(2 + axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    return x.movedim(1, 1 + nd)
+
+
+def _channels(module: nn.Module, x: Tensor) -> Tensor:
+    """Values of a module's inputs or outputs as `[channels, places]`."""
+    if isinstance(module, _CHANNELS_LAST):
+        return x.reshape(-1, x.shape[-1]).T.float()
+    single = isinstance(module, nn.modules.conv._ConvNd) and x.dim() == 1 + len(module.kernel_size)
+    return (x[None] if single else x).transpose(0, 1).flatten(1).float()
+
+
+def _moments(net: nn.Module, modules: set[str], batches: list[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Variances by channel of the inputs and outputs of those of the modules that are called."""
+    sums: dict[str, list[list[Tensor]]] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            for i, x in enumerate((args[0], output)):
+                values = _channels(module, x)
+                part = [values.new_tensor(values.shape[1]), values.sum(1), values.square().sum(1)]
+                held = sums.setdefault(name, [[], []])
+                held[i] = [a + b for a, b in zip(held[i], part, strict=True)] if held[i] else part
+
+        return keep
+
+    hooks = [net.get_submodule(name).register_forward_hook(hook(name)) for name in modules]
+    try:
+        with use_mode(net, "mean"):
+            for batch in batches:
+                net(batch)
+    finally:
+        for h in hooks:
+            h.remove()
+
+    def variance(count: Tensor, total: Tensor, square: Tensor) -> Tensor:
+        return (square / count - (total / count).square()).clamp_min(0.0)
+
+    return {n: variance(*v[0]) for n, v in sums.items()}, {n: variance(*v[1]) for n, v in sums.items()}
+
+
+def _called(net: nn.Module, module: str, batch: Any, *, output: bool) -> Tensor:
+    """The first input, or the output, of a module when it is first called on a batch."""
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, args: Any, *result: Any) -> None:
+        found.append(result[0] if output else args[0])
+        raise _Reached
+
+    target, training = net.get_submodule(module), net.training
+    hook = target.register_forward_hook(keep) if output else target.register_forward_pre_hook(keep)
+    net.eval()
+    try:
+        with use_mode(net, "mean"):
+            net(batch)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+        net.train(training)
+    return found[0]

@@ -1,0 +1,222 @@
+"""ResNet-20 and ResNet-56 on CIFAR-10, trained networks of other people, made small at three levels of help.
+
+    python recipes/resnet_cifar10.py --depth 20 --level weights --budget 90kB --data ../data
+    python recipes/resnet_cifar10.py --depth 20 --level inputs --budget 70kB --data ../data
+    python recipes/resnet_cifar10.py --depth 20 --level data --budget 40kB --data ../data
+
+Level "weights" sees the weights alone; "inputs" also 1,024 training images without labels; "data" fine-tunes on the training
+images (augmented; half the loss is distillation from the float network). Decodes the file in a fresh process, reports top-1 and
+the agreement with the float network on the first 5,000 test images, and appends one line to
+`recipes/results/resnet_cifar10.jsonl`. Nothing is chosen on the test split; the last 5,000 training images are never trained on
+here (but the float networks were trained on them). The float networks are `cifar10-resnets/resnet*.safetensors` in the data
+folder: the checkpoints of github.com/akamaster/pytorch_resnet_cifar10 without their prefix `module.`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import miracle_ban
+from miracle_ban.bits import parse_bytes
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import NUM_VALIDATION, append_result, cifar10, data_root
+
+INPUT_MEAN, INPUT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BATCH, PAD = 128, 4
+LEVELS = ("weights", "inputs", "data")
+
+
+class Block(nn.Module):
+    """Basic block with a shortcut that has no parameters (He et al. 2016, option A)."""
+
+    def __init__(self, into: int, out: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(into, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.stride, self.padding = stride, (out - into) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features `[n, out, h / stride, w / stride]`."""
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.padding:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """The CIFAR form: three stages of (depth - 2) / 6 blocks with 16, 32 and 64 channels."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(blocks)))
+        self.layer2 = nn.Sequential(Block(16, 32, 2), *(Block(32, 32, 1) for _ in range(blocks - 1)))
+        self.layer3 = nn.Sequential(Block(32, 64, 2), *(Block(64, 64, 1) for _ in range(blocks - 1)))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores `[n, 10]` of images `[n, 3, 32, 32]`."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+def resnet20() -> ResNet:
+    """For `miracle-ban compress --model recipes/resnet_cifar10.py:resnet20`."""
+    return ResNet(20)
+
+
+def resnet56() -> ResNet:
+    """For `miracle-ban compress --model recipes/resnet_cifar10.py:resnet56`."""
+    return ResNet(56)
+
+
+def float_network(depth: int, root: Path) -> ResNet:
+    """The trained network."""
+    from safetensors.torch import load_file
+
+    path = root / "cifar10-resnets" / f"resnet{depth}.safetensors"
+    if not path.exists():
+        raise SystemExit(f"there is no {path}: convert the checkpoint of github.com/akamaster/pytorch_resnet_cifar10 as the help says")
+    net = ResNet(depth)
+    net.load_state_dict(load_file(path), strict=False)
+    return net.eval().to(memory_format=torch.channels_last)
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 `[n, h, w, 3]` to what the networks take, float32 `[n, 3, h, w]` in channels-last order."""
+    return ((images.float() / 255 - torch.tensor(INPUT_MEAN)) / torch.tensor(INPUT_STD)).permute(0, 3, 1, 2)
+
+
+class Augmented:
+    """Shuffled batches, flipped and cropped at random: (inputs, (labels, scores of the float network))."""
+
+    def __init__(self, images: Tensor, labels: Tensor, teacher: nn.Module):
+        self.images, self.labels, self.teacher = F.pad(images, (0, 0, PAD, PAD, PAD, PAD)), labels, teacher
+        self.num_examples = len(labels)
+
+    def __len__(self) -> int:
+        return self.num_examples // BATCH
+
+    def __iter__(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+        side = torch.arange(32)
+        for rows in torch.randperm(self.num_examples)[: len(self) * BATCH].split(BATCH):
+            y, x = torch.randint(2 * PAD + 1, (2, len(rows), 1)) + side
+            x = torch.where(torch.rand(len(rows), 1) < 0.5, x.flip(1), x)
+            inputs = normalised(self.images[rows[:, None, None], y[:, :, None], x[:, None, :]])
+            with torch.no_grad():
+                scores = self.teacher(inputs).float()
+            yield inputs, (self.labels[rows], scores)
+
+
+def distilled(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+    """Half the cross-entropy to the labels, half that to the float network's probabilities, nats."""
+    labels, scores = targets
+    outputs = outputs.float()
+    return 0.5 * F.cross_entropy(outputs, labels) + 0.5 * F.cross_entropy(outputs, scores.softmax(1))
+
+
+@torch.no_grad()
+def scores(net: nn.Module, images: Tensor) -> Tensor:
+    """Class scores `[n, 10]`."""
+    net.eval()
+    return torch.cat([net(normalised(x)) for x in images.split(500)])
+
+
+def measured(path: Path, depth: int, root: Path, part: str) -> dict[str, object]:
+    """Decode a file into a fresh network: top-1 and agreement with the float network in percent, SHA-256 of all weights."""
+    images, labels = cifar10(root)[part]
+    net = miracle_ban.load(path, ResNet(depth))
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()
+    own, teacher = (scores(n, images).argmax(1) for n in (net, float_network(depth, root)))
+    percent = {"top1": own == labels, "agreement": own == teacher, "float_top1": teacher == labels}
+    return {**{k: round(100.0 * float(v.float().mean()), 2) for k, v in percent.items()}, "sha256_weights": digest}
+
+
+def fine_tuned(net: nn.Module, data: dict[str, tuple[Tensor, Tensor]], args: argparse.Namespace, stem: Path) -> miracle_ban.Archive:
+    """Level "data"."""
+    batches = Augmented(*data["train"], net)
+    bnn = miracle_ban.convert(net, per_unit=True, local=False)
+    reduced = torch.autocast("cpu", torch.bfloat16) if args.bfloat16 else contextlib.nullcontext()
+    with reduced:
+        report = miracle_ban.fit(
+            bnn, batches, distilled, budget=args.budget, epochs=args.epochs, learning_rate=args.learning_rate, coder="trellis",
+            seed=args.seed, checkpoint=stem.with_suffix(".posteriors"),
+        )  # fmt: skip
+        report.plot(stem.with_suffix(".fit.png"))
+        return miracle_ban.encode(
+            bnn, batches, distilled, coder="trellis", seed=args.seed, rounds=args.rounds, refine_steps=args.refine_steps,
+            learning_rate=args.refine_rate, checkpoint=stem.with_suffix(".checkpoint"),
+        )  # fmt: skip
+
+
+def main() -> None:
+    """Run the recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=20, choices=(20, 56))
+    parser.add_argument("--level", default="weights", choices=LEVELS)
+    parser.add_argument("--budget", default="90 kB", help="bytes of the whole file, or text such as '40 kB'")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=float, default=30, help="of training the posteriors, level data")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--rounds", type=int, default=64)
+    parser.add_argument("--refine-steps", type=int, default=60)
+    parser.add_argument("--refine-rate", type=float, default=3e-4)
+    parser.add_argument("--float32", dest="bfloat16", action="store_false", help="train in float32; default bfloat16 where it is enough")
+    parser.add_argument("--data", help="folder that holds cifar10/ and cifar10-resnets/; default $MIRACLE_BAN_DATA, else ./data")
+    parser.add_argument("--work", type=Path, default=Path("work"), help="folder of the file and the checkpoints")
+    parser.add_argument("--check", type=Path, help="only decode this file and print what it gives on the test images")
+    args = parser.parse_args()
+    root = data_root(args.data)
+    if args.check:
+        print(json.dumps(measured(args.check, args.depth, root, "test")))
+        return
+    net, data = float_network(args.depth, root), cifar10(root)
+    args.work.mkdir(parents=True, exist_ok=True)
+    stem = args.work / f"resnet{args.depth}-{args.level}-{parse_bytes(args.budget)}-s{args.seed}"
+    output = stem.with_suffix(".mban")
+    started = time.monotonic()
+    if args.level == "data":
+        archive = fine_tuned(net, data, args, stem)
+    else:
+        inputs = None if args.level == "weights" else normalised(data["train"][0][:1024])
+        archive = miracle_ban.compress(net, budget=args.budget, seed=args.seed, inputs=inputs)
+    seconds = time.monotonic() - started
+    size = miracle_ban.save(archive, output)
+    fresh = [sys.executable, __file__, "--depth", str(args.depth), "--check", str(output), *(["--data", args.data] if args.data else [])]
+    checked = json.loads(subprocess.run(fresh, check=True, capture_output=True, text=True).stdout)
+    validation = measured(output, args.depth, root, "validation")
+    if checked["sha256_weights"] != validation["sha256_weights"]:
+        raise SystemExit("a fresh process decoded other weights")
+    options = [f"--depth {args.depth} --level {args.level} --budget {args.budget} --seed {args.seed}"]
+    if args.level == "data":
+        options.append(f"--epochs {args.epochs:g} --learning-rate {args.learning_rate:g} --rounds {args.rounds}")
+        options.append(f"--refine-steps {args.refine_steps} --refine-rate {args.refine_rate:g}")
+    line = {
+        "task": f"ResNet-{args.depth} on CIFAR-10", "level": args.level, "bytes": size, **checked,
+        "validation_top1": validation["top1"], "budget": parse_bytes(args.budget), "seed": args.seed,
+        "seconds": round(seconds, 1), "sha256": hashlib.sha256(output.read_bytes()).hexdigest(), "file": output.name,
+        "command": f"python recipes/resnet_cifar10.py {' '.join(options)}",
+    }  # fmt: skip
+    append_result("resnet_cifar10", line)
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
