@@ -218,6 +218,8 @@ def compress(
         if batches is not None or loss is not None:
             raise CodingError("batches and loss come together: compress(net, loader, F.cross_entropy, budget=...), or neither")
         options = {"inputs": inputs, "where": where, "progress": progress, **(encode_options or {})}
+        if checkpoint is not None:
+            options["checkpoint"] = Path(f"{checkpoint}.encode")
         return _compress_weights(net, budget=budget, coder=coder, seed=seed, **options)
     model = convert(net, where=where, per_unit=per_unit)
     stage = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("fit", "encode")}

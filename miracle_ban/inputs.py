@@ -31,7 +31,7 @@ def batches_of(inputs: Any, examples: int = 1024) -> list[Any]:
     """The user's inputs as batches, about `examples` of them in all; of pairs (inputs, targets) the first.
 
     Args:
-        inputs: a tensor of examples, or an iterable of batches.
+        inputs: a tensor of examples, an iterable of batches, or one batch as a dictionary.
         examples: where to stop.
 
     Raises:
@@ -39,6 +39,8 @@ def batches_of(inputs: Any, examples: int = 1024) -> list[Any]:
     """
     if isinstance(inputs, Tensor):
         return list(inputs[:examples].split(_BATCH))
+    if isinstance(inputs, dict):
+        return [inputs]
     if not isinstance(inputs, Iterable):
         raise MiracleError(f"inputs must be a tensor of examples or an iterable of batches, not {type(inputs).__name__}")
     found: list[Any] = []

@@ -223,7 +223,7 @@ def test_the_rate_can_be_given():
 
 def test_the_memory_follows_the_size_unless_it_is_given():
     coder = coders.get("trellis")
-    assert [coder.settled(14.0, bits).memory for bits in (100, 1 << 18, (1 << 18) + 1)] == [16, 16, 12]
+    assert [coder.settled(14.0, bits).memory for bits in (100, 1 << 20, (1 << 20) + 1, 1 << 24, 1 << 30)] == [16, 16, 15, 12, 12]
     assert coders.get("trellis", memory=9).settled(14.0, 1e9).memory == 9
     assert coders.get("trellis", memory=16).efficiency > coder.efficiency
 

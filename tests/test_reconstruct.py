@@ -1,0 +1,256 @@
+"""Compression without training: made-up inputs, and layers that make up for what is coded before them."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from miracle_ban import compress, convert, decode, kl
+from miracle_ban.bits import NATS_PER_BIT
+from miracle_ban.container import parse
+from miracle_ban.errors import MiracleError, MiracleWarning
+from miracle_ban.inputs import batches_of, made_for
+from miracle_ban.layers import posteriors, use_mode
+from miracle_ban.reconstruct import Reconstruction, _conjugate_gradients, _joined, _parts, _rows
+
+
+class Normed(nn.Module):
+    """Convolutions of every kind with BatchNorms; its statistics are those of correlated inputs that are not centred."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.na = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.b, self.nb = nn.Conv2d(8, 8, 3, groups=4, stride=2, padding=2, dilation=2, bias=False), nn.BatchNorm2d(8)
+        self.c = nn.Conv2d(8, 6, 1, padding_mode="reflect")
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = F.relu(self.nb(self.b(F.relu(self.na(self.a(x))))))
+        return self.out(F.relu(self.c(x)).mean((2, 3)))
+
+
+def images(n: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rough = torch.randn(n, 3, 4, 4, generator=generator) + torch.tensor([1.0, 0.0, -1.0])[:, None, None]
+    return F.interpolate(rough, scale_factor=4, mode="bilinear")
+
+
+@pytest.fixture(scope="module")
+def normed() -> Normed:
+    torch.manual_seed(0)
+    net = Normed()
+    for _ in range(60):
+        net(images(32, seed=torch.randint(10**6, ()).item()))
+    return net.eval()
+
+
+def test_made_up_inputs_have_the_moments_that_the_norms_remember(normed):
+    before = helpers.weight_state(normed)
+    batches = made_for(normed, progress=False)
+    assert helpers.same_state(normed.state_dict(), before)
+    assert not any(m.training for m in normed.modules())
+    x = torch.cat(batches)
+    with torch.no_grad():
+        noise = torch.randn(x.shape)
+        for layer, norm, into in (("a", "na", lambda v: v), ("b", "nb", lambda v: F.relu(normed.na(normed.a(v))))):
+            found, plain = (getattr(normed, layer)(into(v)).transpose(0, 1).flatten(1).mean(1) for v in (x, noise))
+            kept = getattr(normed, norm)
+            distance = ((found - kept.running_mean).square() / kept.running_var).mean()
+            assert distance < 0.02
+            assert distance < 0.2 * ((plain - kept.running_mean).square() / kept.running_var).mean()
+
+
+def test_made_up_inputs_follow_their_seed(normed):
+    a, b, c = (torch.cat(made_for(normed, seed=s, progress=False)) for s in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [(nn.LSTM(5, 3), (16, 16, 5)), (nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 2)), (16, 16)), (nn.Conv1d(2, 3, 5), (64, 2, 128)),
+     (nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), (64, 12))],
+)  # fmt: skip
+def test_inputs_of_the_shape_that_the_network_takes(net, shape):
+    assert made_for(net, progress=False)[0].shape == shape
+
+
+def test_inputs_given_by_the_user_are_cut_into_batches():
+    x = torch.arange(300.0)[:, None]
+    assert torch.equal(torch.cat(batches_of(x)), x)
+    assert len(torch.cat(batches_of(x, 100))) == 100
+    pairs = [(x[:40], torch.zeros(40)), (x[40:80], torch.zeros(40))]
+    assert torch.equal(torch.cat(batches_of(pairs)), x[:80])
+    assert batches_of({"in": x}) == [{"in": x}]
+    for nothing in ([], 3):
+        with pytest.raises(MiracleError, match="inputs"):
+            batches_of(nothing)
+
+
+class Odd(nn.Module):
+    """Takes a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(40, 30)
+
+    def forward(self, x):
+        return self.layer(x["in"])
+
+
+def test_a_network_whose_inputs_cannot_be_guessed_says_so():
+    with pytest.warns(MiracleWarning, match="inputs"):
+        compress(Odd(), budget=900, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MiracleWarning)
+        compress(Odd(), inputs={"in": torch.randn(8, 40)}, budget=900, progress=False)
+
+
+@pytest.mark.parametrize("bits", [500.0, 1500.0, 4000.0])
+def test_the_kl_is_the_one_that_was_asked_for(normed, bits):
+    bnn = convert(normed, per_unit=True)
+    found = Reconstruction(bnn, [images(64)])
+    found.allocate(bits)
+    assert float(kl(bnn)) / NATS_PER_BIT == pytest.approx(bits, rel=0.01)
+    found.plan(bits)
+    assert sum(found.kl_bits.values()) == pytest.approx(bits, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c", "out"])
+def test_rows_times_weights_are_the_layer(normed, name):
+    """What H is measured on: the patches of an input, times the weights in parts, give the layer's outputs."""
+    layer = normed.get_submodule(name)
+    x = torch.randn(2, 6) if name == "out" else torch.randn(2, layer.in_channels, 9, 7)
+    rows = _rows(layer, [x], 1, torch.Generator())[0]
+    weight = _parts(layer, layer.weight.detach())
+    assert torch.equal(_joined(layer, weight, layer.weight.shape), layer.weight)
+    found = (rows @ weight.mT).transpose(0, 1).flatten(1)  # [places, outputs]
+    with torch.no_grad():
+        wanted = layer(x) - (0.0 if layer.bias is None else layer.bias.reshape(-1, *[1] * (x.dim() - 2)))
+    assert torch.allclose(found, wanted.movedim(1, -1).flatten(0, -2), atol=1e-5)
+
+
+def test_wide_layers_are_solved_for_in_parts(monkeypatch):
+    monkeypatch.setattr("miracle_ban.reconstruct._LARGEST_PART", 10)
+    layer = nn.Linear(24, 5)
+    assert _parts(layer, layer.weight).shape == (3, 5, 8)
+    assert torch.equal(_joined(layer, _parts(layer, layer.weight), layer.weight.shape), layer.weight)
+
+
+def test_conjugate_gradients_solve_the_system():
+    torch.manual_seed(0)
+    root = torch.randn(2, 30, 30, dtype=torch.float64)
+    matrix, goal = root @ root.mT + torch.eye(30), torch.randn(2, 4, 30, dtype=torch.float64)
+    diagonal = matrix.diagonal(dim1=1, dim2=2)[:, None, :]
+    found = _conjugate_gradients(lambda m: m @ matrix, goal, torch.zeros_like(goal), diagonal, 60)
+    assert torch.allclose(found @ matrix, goal, atol=1e-6)
+
+
+def test_the_means_are_the_minimum_of_error_and_prior(normed):
+    """With half of a layer fixed at wrong values, no change of the other half lowers error + KL."""
+    x = images(200)
+    bnn = convert(normed, per_unit=True)
+    found = Reconstruction(bnn, [x])
+    found.allocate(6000.0)
+    p = posteriors(bnn)["a.weight"]
+    at = torch.randperm(p.mean.numel())[:100]
+    p.fix(at, p.mean.flatten()[at] + 0.1)
+    found.begin("a.weight", None)
+    found.update("a.weight", 1e3)
+    r = found._regressions["a.weight"]
+    weight = torch.where(p.fixed, p.value, p.mean).detach().requires_grad_(True)
+    w = _parts(normed.a, weight)
+    objective = 0.5 * r.precision * ((w @ r.h * w).sum() - 2 * (w * r.goal).sum()) + (0.5 * weight.square() / p.prior_std.square()).sum()
+    (gradient,) = torch.autograd.grad(objective, weight)
+    start = torch.where(p.fixed, p.value, posteriors(found.float)["a.weight"].mean).detach()
+    scale = r.precision * (_parts(normed.a, start) @ r.h - r.goal).abs().mean()
+    assert gradient[~p.fixed].abs().max() < 1e-2 * scale
+
+
+def test_later_parts_make_up_for_earlier_ones(normed):
+    """Noise put into half of a layer's weights does less to its outputs once the other half has answered."""
+    x = images(200)
+    bnn = convert(normed, per_unit=True)
+    found = Reconstruction(bnn, [x])
+    found.allocate(20_000.0)
+    found.unshrink()
+    with torch.no_grad(), use_mode(bnn, "mean"):
+        wanted = bnn(x)
+        p = posteriors(bnn)["a.weight"]
+        at = torch.randperm(p.mean.numel())[:108]
+        p.fix(at, p.mean.flatten()[at] + 0.1 * torch.randn(108))
+        hurt = float((bnn(x) - wanted).square().mean())
+        found.begin("a.weight", None)
+        for name in ("na.bias", "b.weight", "nb.bias"):
+            found.begin(name, None)
+        repaired = float((bnn(x) - wanted).square().mean())
+    assert repaired < 0.5 * hurt
+
+
+@pytest.mark.parametrize("coder", ["trellis", "gprs"])
+def test_compress_without_data(trained_net, coder):
+    before = helpers.weight_state(trained_net)
+    archive = compress(trained_net, budget=900, coder=coder, progress=False)
+    assert helpers.same_state(trained_net.state_dict(), before)
+    assert 800 < archive.size_bytes <= 900
+    net = helpers.TinyNet()
+    net.load_state_dict(decode(parse(archive.to_bytes()), net))
+    assert helpers.error_rate(net) < helpers.error_rate(trained_net) + 0.1
+
+
+def test_inputs_help(normed, monkeypatch):
+    """Real inputs keep the outputs nearer than made-up ones, and those nearer than none, at the same size."""
+    x = images(500, seed=5)
+
+    def error(inputs: torch.Tensor | None) -> float:
+        net = Normed()
+        net.load_state_dict(decode(compress(normed, budget=250, inputs=inputs, progress=False), net))
+        with torch.no_grad():
+            return float((net.eval()(x) - normed(x)).square().mean())
+
+    real, made = error(images(300, seed=1)), error(None)
+    monkeypatch.setattr(sys.modules["miracle_ban.encode"], "made_for", lambda *_, **__: [])
+    with pytest.warns(MiracleWarning, match="inputs"):
+        none = error(None)
+    assert real < 0.7 * made
+    assert made < 0.7 * none
+
+
+def test_more_bytes_are_a_better_copy(trained_net):
+    errors = []
+    for budget in (500, 900, 1500):
+        state = decode(compress(trained_net, budget=budget, progress=False), helpers.TinyNet())
+        errors.append(sum(float((state[n] - t).square().sum()) for n, t in trained_net.state_dict().items()))
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_an_interrupted_packaging_without_data_resumes_to_the_same_file(trained_net, tmp_path, monkeypatch):
+    whole = compress(trained_net, budget=900, progress=False).to_bytes()
+    from miracle_ban.trellis_packing import TrellisPacking
+
+    turns = []
+    original = TrellisPacking.code_round
+
+    def interrupted(self, left):
+        if len(turns) == 2:
+            raise KeyboardInterrupt
+        turns.append(left)
+        original(self, left)
+
+    state = tmp_path / "state"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrellisPacking, "code_round", interrupted)
+        compress(trained_net, budget=900, checkpoint=state, progress=False)
+    assert compress(trained_net, budget=900, checkpoint=state, progress=False).to_bytes() == whole
+
+
+def test_batches_and_loss_come_together(trained_net, batches):
+    for arguments in ((batches,), (None, nn.functional.cross_entropy)):
+        with pytest.raises(MiracleError, match="together"):
+            compress(trained_net, *arguments, budget=900)
