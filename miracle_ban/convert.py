@@ -7,7 +7,7 @@ original state dict, so that nothing is silently left out of the file. Leans on 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,8 @@ def convert(
         where: `where(module_name, module) -> bool` chooses the modules whose own parameters are coded; default all. The
             other parameters, and all buffers, are stored raw and counted.
         fold: fold each BatchNorm into the layer before it where that is exact. Names and shapes stay: the norm is left
-            with weight 1, mean 0 and variance 1, and its bias carries what remains.
+            with weight 1, mean 0 and variance 1, and its bias carries what remains. Elsewhere its own weight and bias take up
+            its statistics.
         per_unit: one prior scale per output unit instead of one per tensor, for tensors of two axes or more.
         local: linear and convolution layers draw noise on their outputs, each example its own (local reparametrisation,
             Kingma et al. 2015). False draws their weights, once for each batch: noisier gradients in half the time.
@@ -116,6 +117,7 @@ def convert(
     net = copy.deepcopy(model)
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in net.parameters()):
         net = net.float()  # 16 bits are too few to train in; the file still says, and gives back, the original dtype
+    held = [name for name, _ in _norms_with_statistics(net)] if fold else []
     constants = _fold_norms(net, structure) if fold else {}
     aliases = _aliases(net)
     chosen = _chosen_parameters(net, where, skip=set(constants))
@@ -126,9 +128,10 @@ def convert(
         kinds = sorted({type(m).__name__ for m in model.modules()})
         raise UnsupportedModelError(f"no parameter to code among the modules {', '.join(kinds)}: is `where` too narrow?")
     modules = _attach_posteriors(net, chosen, per_unit, local)
-    for _, norm_name in structure.norms if fold else ():
-        norm = net.get_submodule(norm_name)
-        norm.get_parameter("weight").requires_grad_(False)
+    for name in held:
+        norm = net.get_submodule(name)
+        if f"{name}.weight" in constants:
+            norm.get_parameter("weight").requires_grad_(False)
         hold_in_eval(norm)
     entries = [_entry(name, shape, dtype, chosen, constants, aliases) for name, (shape, dtype) in original.items()]
     folded = structure.norms if fold else ()
@@ -277,22 +280,68 @@ def _fold_norms(net: nn.Module, structure: Structure) -> dict[str, int]:
     weight 1 is the identity up to its bias.
     """
     constants: dict[str, int] = {}
-    for layer_name, norm_name in structure.norms:
-        layer: Any = net.get_submodule(layer_name)
-        norm: Any = net.get_submodule(norm_name)
+    layers = {norm: layer for layer, norm in structure.norms}
+    for norm_name, norm in _norms_with_statistics(net):
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         shift = norm.bias - norm.running_mean * scale
-        if layer.bias is not None:
-            shift = shift + layer.bias * scale
-            layer.bias.zero_()
-            constants[f"{layer_name}.bias"] = 0
-        factor = (scale * (1.0 + norm.eps) ** 0.5).reshape(-1, *[1] * (layer.weight.dim() - 1))
-        layer.weight.mul_(factor)
-        norm.weight.fill_(1.0)
+        full = scale * (1.0 + norm.eps) ** 0.5
+        if norm_name in layers:
+            layer: Any = net.get_submodule(layers[norm_name])
+            if layer.bias is not None:
+                shift = shift + layer.bias * scale
+                layer.bias.zero_()
+                constants[f"{layers[norm_name]}.bias"] = 0
+            layer.weight.mul_(full.reshape(-1, *[1] * (layer.weight.dim() - 1)))
+            norm.weight.fill_(1.0)
+            constants[f"{norm_name}.weight"] = 1
+        else:
+            norm.weight.copy_(full)
         norm.bias.copy_(shift)
         norm.running_mean.zero_()
         norm.running_var.fill_(1.0)
-        for own, value in (("weight", 1), ("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
-            constants[f"{norm_name}.{own}"] = value
         norm.num_batches_tracked.zero_()
+        for own, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+            constants[f"{norm_name}.{own}"] = value
     return constants
+
+
+def _norms_with_statistics(net: nn.Module) -> list[tuple[str, Any]]:
+    """BatchNorms that compute a fixed affine map in evaluation, and whose tensors no other module has."""
+    tensors: dict[int, int] = {}
+    for module in net.modules():
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            tensors[id(t)] = tensors.get(id(t), 0) + 1
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return [
+        (name, m)
+        for name, m in net.named_modules()
+        if type(m) in kinds and m.track_running_stats and m.affine and m.num_batches_tracked is not None
+        and all(tensors[id(t)] == 1 for t in (m.weight, m.bias, m.running_mean, m.running_var))
+    ]  # fmt: skip
+
+
+def as_module(state: Mapping[str, Tensor]) -> nn.Module:
+    """A module without a forward that holds a state dict: its floating-point tensors as parameters, statistics of norms as buffers.
+
+    Raises:
+        UnsupportedModelError: it is empty, or holds something else than tensors.
+    """
+    wrong = [str(name) for name, t in state.items() if not isinstance(t, Tensor)]
+    if wrong or not state:
+        raise UnsupportedModelError(f"a state dict maps names to tensors; {', '.join(wrong[:5]) + ' is none' if wrong else 'this one is empty'}")
+    net = nn.Module()
+    first: dict[tuple[int, int, torch.Size], nn.Parameter] = {}
+    for name, t in state.items():
+        *path, own = str(name).split(".")
+        module = net
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]  # type: ignore[assignment]
+        if t.is_floating_point() and own not in ("running_mean", "running_var"):
+            key = (t.data_ptr(), t.storage_offset(), t.shape)
+            parameter = first.setdefault(key, nn.Parameter(t.detach(), requires_grad=False)) if t.numel() else nn.Parameter(t.detach())
+            module.register_parameter(own, parameter)
+        else:
+            module.register_buffer(own, t)
+    return net

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from .errors import FileFormatError, MiracleError, MismatchError
 from .files import write_whole
 from .tree import node_values
 from .trellis import decode_steps
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def decode_array(archive: Archive, number: int) -> np.ndarray:
@@ -171,19 +174,32 @@ def open(path: str | os.PathLike[str]) -> Archive:
         raise type(error)(f"{path}: {error}") from None
 
 
-def load(path: str | os.PathLike[str], model: nn.Module, *, device: torch.device | str | None = None) -> nn.Module:
+@overload
+def load(path: str | os.PathLike[str], model: None = None, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """The state dict."""
+
+
+@overload
+def load(path: str | os.PathLike[str], model: Module, *, device: torch.device | str | None = None) -> Module:
+    """The model."""
+
+
+def load(path, model=None, *, device=None):
     """Decode a `.mban` file into `model`, in place, and return it: an ordinary network with ordinary weights.
 
     Args:
         path: the file.
-        model: an instance of the architecture that was compressed; its weights are overwritten.
-        device: move the model there; default leaves it where it is.
+        model: an instance of the architecture that was compressed; its weights are overwritten. None returns the state dict,
+            of a file that carries names and shapes.
+        device: move the model, or the tensors, there; default leaves them where they are.
 
     Raises:
         FileFormatError: the file is damaged.
-        MismatchError: the file was made for another architecture.
+        MismatchError: the file was made for another architecture, or carries no names and no model is given.
     """
     state = decode(open(path), model)
+    if model is None:
+        return {name: t if device is None else t.to(device) for name, t in state.items()}
     model.load_state_dict(state)
     return model if device is None else model.to(device)
 

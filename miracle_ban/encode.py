@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from . import coders
 from .bits import NATS_PER_BIT, parse_bytes
 from .block_packing import BlockPacking
 from .container import Archive
-from .convert import convert
+from .convert import as_module, convert
 from .errors import BudgetError, CodingError, MiracleWarning
 from .inputs import batches_of, made_for
 from .layers import posteriors, use_mode
@@ -169,7 +169,7 @@ def encode(
 
 
 def compress(
-    net: nn.Module,
+    net: nn.Module | Mapping[str, torch.Tensor],
     batches: Iterable | None = None,
     loss: Loss | None = None,
     *,
@@ -191,7 +191,7 @@ def compress(
     layer is made to repair what the coding of those before it did (`reconstruct`). At the smallest sizes training keeps more.
 
     Args:
-        net: a trained network; it is left alone.
+        net: a trained network, or its state dict alone (then nothing can be measured, and errors are far larger); left alone.
         batches: iterable of (inputs, targets): the training set; None if there is none.
         loss: `loss(outputs, targets)` -> mean negative log-likelihood of the batch, nats.
         budget: size of the whole file, bytes or text such as "20 kB".
@@ -214,6 +214,11 @@ def compress(
     Example:
         >>> archive = compress(net, loader, F.cross_entropy, budget="1.5 kB")  # doctest: +SKIP
     """
+    if not isinstance(net, nn.Module):
+        if batches is not None or inputs is not None:
+            raise CodingError("a state dict cannot be run on data: give the network itself")
+        net = as_module(net)
+        encode_options = {"names": True, **(encode_options or {})}
     if batches is None or loss is None:
         if batches is not None or loss is not None:
             raise CodingError("batches and loss come together: compress(net, loader, F.cross_entropy, budget=...), or neither")
@@ -245,7 +250,7 @@ def _compress_weights(
 ) -> Archive:
     """`compress` without training data."""
     batches = made_for(net, seed=seed, progress=progress) if inputs is None else batches_of(inputs)
-    if not batches:
+    if not batches and type(net) is not nn.Module:
         text = "no random input fits this network: give `inputs`, a batch, so that layers can be measured and corrected"
         warnings.warn(text, MiracleWarning, stacklevel=3)
     model = convert(net, where=where, per_unit=True)

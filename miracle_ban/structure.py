@@ -1,6 +1,6 @@
 """What feeds what in a network: which hidden units can be dropped and reordered, which BatchNorms can be folded.
 
-Read from the graph that `torch.fx` traces. A network that cannot be traced simply yields nothing here: it is then coded
+Read from the graph that `torch.fx` traces; of a network that cannot be traced, from those of its parts that can. The rest is coded
 without narrowing and folding. Leans on torch only.
 """
 
@@ -57,17 +57,21 @@ class Structure:
 
 
 def trace(model: nn.Module) -> Structure:
-    """Find the links and foldable norms of `model`; nothing where the model cannot be traced."""
+    """Find the links and foldable norms of `model`; of a model that cannot be traced, those of its parts that can."""
+    return _trace(model, _names_of_shared_tensors(model))
+
+
+def _trace(model: nn.Module, shared: set[str]) -> Structure:
     try:
         graph = fx.Tracer().trace(model)
     except Exception:  # the tracer runs the user's forward and may fail in any way at all
-        return Structure()
+        return _trace_children(model, shared)
     modules = dict(model.named_modules())
     calls: dict[str, int] = {}
     for node in graph.nodes:
         if node.op == "call_module":
             calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-    used_elsewhere = _names_of_shared_tensors(model) | {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
+    used_elsewhere = shared | {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
 
     def alone(name: str) -> bool:
         return calls.get(name) == 1 and name not in used_elsewhere
@@ -85,6 +89,21 @@ def trace(model: nn.Module) -> Structure:
             multiplicity = _multiplicity(layer, modules[found[0]], flattened=found[1])
             if multiplicity:
                 links.append(Link(str(node.target), found[0], multiplicity))
+    return Structure(tuple(links), tuple(norms))
+
+
+def _trace_children(model: nn.Module, shared: set[str]) -> Structure:
+    """The structure of each child by itself: what it does inside does not depend on who calls it. Of plain containers that of
+    their children, for others may call these one by one.
+    """
+    links: list[Link] = []
+    norms: list[tuple[str, str]] = []
+    for name, child in model.named_children():
+        inside = f"{name}."
+        within = _trace_children if type(child) in (nn.Sequential, nn.ModuleList, nn.ModuleDict) else _trace
+        found = within(child, {n.removeprefix(inside) for n in shared if n.startswith(inside)})
+        links += [Link(inside + k.producer, inside + k.consumer, k.multiplicity) for k in found.links]
+        norms += [(inside + layer, inside + norm) for layer, norm in found.norms]
     return Structure(tuple(links), tuple(norms))
 
 
