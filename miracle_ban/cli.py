@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -25,15 +26,16 @@ from torch import Tensor, nn
 from . import __version__, coders, plots
 from .bits import HuffmanTable, parse_bytes
 from .container import FIXED_LENGTH, FORMAT_VERSION, Archive, Record, live_count, octaves, prior_std, rates, resolve_kept
-from .convert import convert
+from .convert import as_module, convert
 from .decode import bind, decode, save
 from .decode import open as open_archive
 from .demo import check, run, weights_sha256
 from .encode import compress
 from .errors import MiracleError, MismatchError
 from .files import write_whole
+from .inputs import batches_of
 from .layers import posteriors
-from .sources import load_checkpoint, load_data, load_into, load_model, try_batch
+from .sources import compare, load_checkpoint, load_data, load_inputs, load_into, load_model, try_batch
 
 _MODEL_HELP = "package.module:factory, path/to/file.py:factory, or torchvision:NAME; the factory takes no arguments"
 
@@ -144,10 +146,13 @@ def _add_demo(commands: Any) -> argparse.ArgumentParser:
 def _add_compress(commands: Any) -> argparse.ArgumentParser:
     command = _command(commands, "compress", "Compress a trained network into a .mban file.", _compress, _show_compress)
     command.add_argument("source", type=Path, metavar="CHECKPOINT", help="trained weights: .safetensors, or a torch file with a state dict")
-    command.add_argument("--model", required=True, metavar="M", help=_MODEL_HELP)
+    command.add_argument("--model", metavar="M", help=f"{_MODEL_HELP}; without it layers cannot be measured, and errors are far larger")
     data = "package.module:loader or file.py:loader; called, it gives batches of (inputs, targets), or a pair (batches, loss)"
     data += "; the loss is cross-entropy by default. Without it nothing is trained, and the same error takes far more bytes"
-    command.add_argument("--data", metavar="D", help=data)
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--data", metavar="D", help=data)
+    inputs = "as --data, but gives a tensor of examples or batches without labels, a thousand in all: for smaller errors without training"
+    group.add_argument("--inputs", metavar="I", help=inputs)
     command.add_argument("--budget", required=True, metavar="SIZE", help='of the whole file: bytes, "20 kB", "3 MB"')
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mban")
     command.add_argument("--epochs", type=_positive, default=30.0, help="passes over the data while training (default 30)")
@@ -376,14 +381,19 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     parse_bytes(args.budget)
     for path in (args.output, args.report, args.checkpoint):
         _writable(path)
-    net = load_into(load_model(args.model), load_checkpoint(args.source), str(args.source))
+    if args.model is None and (args.data or args.inputs):
+        raise MiracleError("--data and --inputs need the network: give --model")
+    weights = load_checkpoint(args.source)
+    net = as_module(weights) if args.model is None else load_into(load_model(args.model), weights, str(args.source))
     batches, loss = (None, None) if args.data is None else load_data(args.data)
+    inputs = None if args.inputs is None else batches_of(load_inputs(args.inputs))
     if batches is not None and loss is not None:
         try_batch(net, batches, loss, args.data)
     archive = compress(
-        net,
+        net if args.model else weights,
         batches,
         loss,
+        inputs=inputs,
         budget=args.budget,
         epochs=args.epochs,
         coder=args.coder,
@@ -398,6 +408,10 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     trained = {"fit": archive.info["fit"]["seconds"]} if "fit" in archive.info else {}
     seconds = {**trained, "encode": archive.info["seconds"]}
     result = {"file": str(args.output), "tensors": rows, **_totals(rows, size), "stages": seconds, "seconds": sum(seconds.values())}
+    if batches is not None or inputs is not None:
+        other = copy.deepcopy(net)
+        other.load_state_dict(decode(archive, other))
+        result["quality"] = compare(net, other, batches if batches is not None else inputs or (), loss)
     if args.report is not None:
         report = {**archive.info, "tensors": rows, "codeword_bits": _codeword_bits(archive).tolist(), "file": str(args.output)}
         write_whole(args.report, json.dumps(_finite(report), allow_nan=False).encode())
@@ -405,10 +419,17 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+_QUALITY = {
+    "loss_before": "loss before", "loss_after": "loss after", "relative_error": "relative error of the outputs",
+    "agreement": "same answer as before, %", "error_before": "wrong answers before, %", "error_after": "wrong answers after, %",
+}  # fmt: skip
+
+
 def _show_compress(result: dict[str, Any]) -> str:
     text = _bits_table(result["tensors"], result)
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result["stages"].items())
-    return f"{text}\n\n{_sizes(result)}\n{stages}\n{result['file']}"
+    quality = "".join(f"{_QUALITY[name]} {value:.4g}\n" for name, value in result.get("quality", {}).items())
+    return f"{text}\n\n{_sizes(result)}\n{quality}{stages}\n{result['file']}"
 
 
 def _bits_table(tensors: list[dict[str, Any]], totals: dict[str, Any]) -> str:

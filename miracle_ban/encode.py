@@ -218,7 +218,8 @@ def compress(
         if batches is not None or inputs is not None:
             raise CodingError("a state dict cannot be run on data: give the network itself")
         net = as_module(net)
-        encode_options = {"names": True, **(encode_options or {})}
+        named = (encode_options or {}).get("names")
+        encode_options = {**(encode_options or {}), "names": True if named is None else named}
     if batches is None or loss is None:
         if batches is not None or loss is not None:
             raise CodingError("batches and loss come together: compress(net, loader, F.cross_entropy, budget=...), or neither")

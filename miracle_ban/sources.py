@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -48,6 +49,9 @@ def _torchvision_model(name: str) -> nn.Module:
     return get_model(name, **dict.fromkeys(unweighted))
 
 
+_COMPARED_BATCHES = 20
+
+
 def load_data(spec: str) -> tuple[Iterable, Loss]:
     """The batches and the loss that `spec` names: `package.module:loader` or `path/to/file.py:loader`.
 
@@ -62,6 +66,44 @@ def load_data(spec: str) -> tuple[Iterable, Loss]:
     if not isinstance(batches, Iterable):
         raise MiracleError(f"{spec} gave {_kind(batches)}: batches of (inputs, targets) are needed, or a pair (batches, loss)")
     return batches, loss
+
+
+def load_inputs(spec: str) -> Any:
+    """The inputs that `spec` names: what it gives is a tensor of examples, or batches; a network is tried on them later.
+
+    Raises:
+        MiracleError: it cannot be imported, or gives neither.
+    """
+    given = _call(spec)
+    if not isinstance(given, Iterable):
+        raise MiracleError(f"{spec} gave {_kind(given)}: a tensor of examples or an iterable of batches is needed")
+    return given
+
+
+@torch.no_grad()
+def compare(net: nn.Module, other: nn.Module, batches: Iterable, loss: Loss | None) -> dict[str, float]:
+    """How far `other` is from `net` on the first batches: relative error of the outputs; agreement and errors of class scores,
+    percent; the loss of both, if there is one.
+    """
+    found: dict[str, list[float]] = {}
+    for module in (net, other):
+        module.eval()
+    for batch in itertools.islice(batches, _COMPARED_BATCHES):
+        x, y = batch if loss is not None else (batch, None)
+        values = [module(x) for module in (net, other)]
+        if loss is not None:
+            for name, value in zip(("loss_before", "loss_after"), values, strict=True):
+                found.setdefault(name, []).append(float(loss(value, y)))
+        a, b = values
+        if isinstance(a, Tensor) and a.is_floating_point():
+            found.setdefault("relative_error", []).append(float((a - b).square().sum() / a.square().sum().clamp_min(1e-30)) ** 0.5)
+            if a.dim() == 2 and a.shape[1] > 1:
+                tops = [v.argmax(1) for v in values]
+                found.setdefault("agreement", []).append(100.0 * float((tops[0] == tops[1]).float().mean()))
+                if isinstance(y, Tensor) and y.shape == tops[0].shape and not y.is_floating_point():
+                    for name, top in zip(("error_before", "error_after"), tops, strict=True):
+                        found.setdefault(name, []).append(100.0 * float((top != y).float().mean()))
+    return {name: sum(v) / len(v) for name, v in found.items()}
 
 
 @torch.no_grad()

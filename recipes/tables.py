@@ -27,6 +27,14 @@ PUBLISHED = (  # bytes, error in percent, what
 )
 
 
+RESNETS = {20: 1_092_520, 56: 3_451_984}  # bytes as float32
+NNCODEC = {  # bytes, top-1 and agreement with the float network on the same 5,000 images, of NNCodec 2.1.3 on the same weights
+    20: ((159_933, 91.44, 98.7), (128_829, 91.06, 97.2), (123_911, 91.32, 97.3), (95_675, 90.04, 94.8), (72_845, 88.08, 91.1)),
+    56: ((424_289, 93.00, 99.0), (331_265, 92.34, 97.5), (264_891, 92.72, 96.7), (243_861, 92.10, 96.4), (186_909, 89.28, 92.7)),
+}
+LEVEL_NAMES = {"weights": "the weights alone", "inputs": "1,024 images without labels", "data": "the training set"}
+
+
 def read_results(recipe: str) -> list[dict[str, Any]]:
     """All result lines of a recipe."""
     path = TOP / "recipes" / "results" / f"{recipe}.jsonl"
@@ -69,6 +77,65 @@ def lenet_seeds() -> str:
                 f"| {v['blocks']} | {v['kl_bits_per_block']:.2f} | {v['codeword_bits_per_block']:.2f} | {v['log2_ratio_per_block']:.2f} "
                 f"| {v['j_bits_per_block']:.2f} | {v['seconds']['fit']:.0f} | {v['seconds']['encode']:.0f} |"
             )
+    return "\n".join(rows)
+
+
+def resnet_runs(depth: int) -> list[dict[str, Any]]:
+    """Result lines of one ResNet, by level and size; of runs repeated with the same command the latest counts."""
+    latest = {v["command"]: v for v in read_results("resnet_cifar10") if v["task"].startswith(f"ResNet-{depth} ")}
+    return sorted(latest.values(), key=lambda v: (list(LEVEL_NAMES).index(v["level"]), -v["bytes"], v["seed"]))
+
+
+def resnet_table() -> str:
+    """Both ResNets: our files at every level of help, beside NNCodec."""
+    head = "| {0} on CIFAR-10, {1:,} bytes as float32, top-1 {2:.2f} % | file, bytes | top-1, % | agreement, % | seconds |"
+    parts = []
+    for depth, size in RESNETS.items():
+        runs = resnet_runs(depth)
+        rows = [head.format(f"ResNet-{depth}", size, runs[0]["float_top1"] if runs else 0.0), "|---|---|---|---|---|"]
+        for v in runs:
+            name = f"**miracle_ban**, from {LEVEL_NAMES[v['level']]}"
+            rows.append(f"| {name} | **{v['bytes']:,}** | {v['top1']:.2f} | **{v['agreement']:.1f}** | {v['seconds']:.0f} |")
+        rows += [f"| NNCodec 2.1.3 (the MPEG standard), without data | {b:,} | {top1:.2f} | {a:.1f} | |" for b, top1, a in NNCODEC[depth]]
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def resnet_plot(path: Path) -> None:
+    """Agreement with the float network against bytes, ours beside NNCodec's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(RESNETS), figsize=(10, 4), sharey=True)
+    for axis, depth in zip(axes, RESNETS, strict=True):
+        for level, name in LEVEL_NAMES.items():
+            points = sorted((v["bytes"] / 1000, v["agreement"]) for v in resnet_runs(depth) if v["level"] == level)
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", label=f"miracle_ban, from {name}")
+        axis.plot(*zip(*sorted((b / 1000, a) for b, _, a in NNCODEC[depth]), strict=True), "s--", color="gray", label="NNCodec 2.1.3")
+        axis.set(title=f"ResNet-{depth}", xlabel="file, kB", xlim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("agreement with the float network, %")
+    axes[1].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def coverage_table() -> str:
+    """Every network that was tried, smallest first; of runs repeated the latest counts."""
+    latest = {v["model"]: v for v in read_results("coverage")}
+    rows = ["| model | weights | float32 MB | file MB | of it raw, kB | convert s | encode s | load s | peak MiB | |", "|" + "---|" * 10]
+    for v in sorted(latest.values(), key=lambda v: v.get("weights", 1 << 60)):
+        if "failed" in v:
+            rows.append(f"| {v['model']} | | | | | | | | | {v['failed'][:80]} |")
+            continue
+        good = v["same_outputs"] and v["finite"] and not v["problems"]
+        rows.append(
+            f"| {v['model']} | {v['weights']:,} | {v['float_bytes'] / 1e6:.1f} | {v['bytes'] / 1e6:.2f} | {v['raw_bytes'] / 1e3:.0f} "
+            f"| {v['convert_s']:.1f} | {v['encode_s']:.0f} | {v['load_s']:.2f} | {v['peak_mib']:,} | {'' if good else 'FAILED'} |"
+        )
     return "\n".join(rows)
 
 
@@ -128,23 +195,29 @@ def speed_table() -> str:
 
 
 def keep(folder: Path) -> None:
-    """Copy the best file of each budget to `pretrained/` and write the manifest."""
-    manifest = []
-    for (budget, coder), lines in sorted(lenet_groups().items()):
+    """Copy the best file of each budget to `pretrained/` and write the manifest, replacing the cards of the files that FOLDER has."""
+    target = TOP / "pretrained" / "manifest.json"
+    cards = {card["file"]: card for card in json.loads(target.read_text())} if target.exists() else {}
+    for (budget, coder), lines in lenet_groups().items():
         best = min(lines, key=lambda v: v["validation_error"])
-        source = folder / best["file"]
-        target = TOP / "pretrained" / f"lenet5-mnist-{budget}{'' if coder == 'trellis' else '-' + coder}.mban"
-        if hashlib.sha256(source.read_bytes()).hexdigest() != best["sha256"]:
-            raise SystemExit(f"{source} is not the file of the result line: run its command again")
-        shutil.copyfile(source, target)
-        manifest.append(
-            {
-                "file": target.name, "bytes": best["bytes"], "sha256": best["sha256"], "task": best["task"],
-                "metric": "test error, percent", "value": best["error"], "seed": best["seed"], "command": best["command"],
-                "input_mean": best["input_mean"], "input_std": best["input_std"], "sha256_weights": best["sha256_weights"],
-            }
-        )  # fmt: skip
-    (TOP / "pretrained" / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        name = f"lenet5-mnist-{budget}{'' if coder == 'trellis' else '-' + coder}.mban"
+        _keep(folder, best, name, cards, "test error, percent", best["error"], ("input_mean", "input_std"))
+    for depth in RESNETS:
+        for v in resnet_runs(depth):
+            name = f"resnet{depth}-cifar10-{v['level']}-{v['budget']}.mban"
+            _keep(folder, v, name, cards, "top-1 on the first 5,000 test images, percent", v["top1"], ("agreement", "float_top1"))
+    target.write_text(json.dumps([cards[name] for name in sorted(cards)], indent=2) + "\n")
+
+
+def _keep(folder: Path, line: dict[str, Any], name: str, cards: dict, metric: str, value: float, more: tuple[str, ...]) -> None:
+    source = folder / line["file"]
+    if not source.exists():
+        return
+    if hashlib.sha256(source.read_bytes()).hexdigest() != line["sha256"]:
+        raise SystemExit(f"{source} is not the file of the result line: run its command again")
+    shutil.copyfile(source, TOP / "pretrained" / name)
+    same = ("bytes", "sha256", "task", "seed", "command", "sha256_weights", *more)
+    cards[name] = {"file": name, "metric": metric, "value": value, **{k: line[k] for k in same}}
 
 
 def replace_section(path: Path, name: str, text: str) -> None:
@@ -164,7 +237,10 @@ def main() -> None:
     if args.keep:
         keep(args.keep)
     replace_section(TOP / "README.md", "results", lenet_table())
+    replace_section(TOP / "README.md", "resnets", resnet_table())
     replace_section(TOP / "README.md", "coders", coder_table())
+    replace_section(TOP / "recipes" / "README.md", "coverage", coverage_table())
+    resnet_plot(TOP / "recipes" / "results" / "resnet_cifar10.png")
     replace_section(TOP / "recipes" / "README.md", "lenet5", lenet_seeds())
     replace_section(TOP / "recipes" / "README.md", "blocks", block_table())
     replace_section(TOP / "recipes" / "README.md", "speed", speed_table())

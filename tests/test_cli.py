@@ -123,3 +123,24 @@ def test_compress_without_data_trains_nothing(folder):
     )
     assert (folder / "raw.mban").stat().st_size == result["file_bytes"] <= 400
     assert set(result["stages"]) == {"encode"}
+
+
+def test_compress_from_inputs_and_from_the_state_dict_alone(folder):
+    with (folder / "mine.py").open("a") as f:
+        f.write("\n\ndef images():\n    return torch.cat([x for x, _ in batches()])\n\n\ndef nothing():\n    return 3\n")
+    common = ["net.safetensors", "--budget", "400", "--json", "-o"]
+    found = json.loads(run(folder, "compress", *common, "inputs.mban", "--model", "mine:net", "--inputs", "mine:images").stdout)
+    assert (folder / "inputs.mban").stat().st_size == found["file_bytes"] <= 400
+    assert found["quality"]["agreement"] > 80
+    assert found["quality"]["relative_error"] < 0.5
+    text = run(folder, "compress", *[c for c in common if c != "--json"], "again.mban", "--model", "mine:net", "--inputs", "mine:images").stdout
+    assert "same answer as before, %" in text
+    alone = json.loads(run(folder, "compress", *common, "alone.mban").stdout)
+    assert alone["file_bytes"] <= 400
+    run(folder, "decode", "alone.mban", "-o", "alone.safetensors")
+    assert load_file(folder / "alone.safetensors").keys() == load_file(folder / "net.safetensors").keys()
+    error = run(folder, "compress", *common, "no.mban", "--inputs", "mine:images", status=1).stderr
+    assert "--model" in error
+    error = run(folder, "compress", *common, "no.mban", "--model", "mine:net", "--inputs", "mine:nothing", status=1).stderr
+    assert "mine:nothing" in error
+    assert not (folder / "no.mban").exists()
