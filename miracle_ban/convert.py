@@ -328,9 +328,11 @@ def as_module(state: Mapping[str, Tensor]) -> nn.Module:
     """
     wrong = [str(name) for name, t in state.items() if not isinstance(t, Tensor)]
     if wrong or not state:
-        raise UnsupportedModelError(f"a state dict maps names to tensors; {', '.join(wrong[:5]) + ' is none' if wrong else 'this one is empty'}")
+        raise UnsupportedModelError(
+            f"a state dict maps names to tensors; {', '.join(wrong[:5]) + ' is none' if wrong else 'this one is empty'}"
+        )
     net = nn.Module()
-    first: dict[tuple[int, int, torch.Size], nn.Parameter] = {}
+    first: dict[tuple[Any, ...], nn.Parameter] = {}
     for name, t in state.items():
         *path, own = str(name).split(".")
         module = net

@@ -175,15 +175,9 @@ def open(path: str | os.PathLike[str]) -> Archive:
 
 
 @overload
-def load(path: str | os.PathLike[str], model: None = None, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """The state dict."""
-
-
+def load(path: str | os.PathLike[str], model: None = None, *, device: torch.device | str | None = None) -> dict[str, Tensor]: ...
 @overload
-def load(path: str | os.PathLike[str], model: Module, *, device: torch.device | str | None = None) -> Module:
-    """The model."""
-
-
+def load(path: str | os.PathLike[str], model: Module, *, device: torch.device | str | None = None) -> Module: ...
 def load(path, model=None, *, device=None):
     """Decode a `.mban` file into `model`, in place, and return it: an ordinary network with ordinary weights.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ _SIDES = (32, 28, 64, 224, 96, 128, 299, 48, 16, 8)  # of images, pixels, that a
 _BATCH, _MOST = 64, 128  # examples: at once, and altogether
 _SMALLEST_BATCH = 4
 _STEPS, _RATE = 120, 0.1  # of matching, by Adam with a falling learning rate
-_WORK = 3e13  # floating-point operations that matching may take: some minutes on two cores
+_WORK = 1.5e13  # floating-point operations that matching may take: two minutes on two cores
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
@@ -80,7 +80,7 @@ def made_for(net: nn.Module, *, seed: int = 0, progress: bool = True) -> list[An
     return list(_matched(net, norms, x, progress).split(_BATCH))
 
 
-def _matched(net: nn.Module, norms: list[nn.Module], x: Tensor, progress: bool) -> Tensor:
+def _matched(net: nn.Module, norms: Sequence[nn.Module], x: Tensor, progress: bool) -> Tensor:
     """Change `x`, all in one batch, until its moments at the inputs of `norms` are those of training."""
     seen: dict[nn.Module, Tensor] = {}
     hooks = [m.register_forward_pre_hook(lambda m, args: seen.__setitem__(m, args[0])) for m in norms]

@@ -86,9 +86,7 @@ def skeleton(model: nn.Module, *, coder: Coder, seed: int, names: bool, codes: d
         record = Record(entry.kind, name=entry.name, shape=entry.shape, dtype=str(entry.dtype).removeprefix("torch."))
         if entry.kind == "coded":
             p = held[entry.name]
-            record.prior_codes = (
-                codes[entry.name] if codes is not None else np.ones(p.mean.shape[0] if p.per_unit else 1, np.uint8)
-            )
+            record.prior_codes = codes[entry.name] if codes is not None else np.ones(p.mean.shape[0] if p.per_unit else 1, np.uint8)
             record.index = np.ones(1, np.int64)
             if isinstance(coder, Trellis):
                 record.rate = Rate(0, 4, 96)  # a typical one

@@ -44,7 +44,7 @@ _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.
 _CORRECTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818, no error
     """The module that was waited for has been called."""
 
 

@@ -127,7 +127,9 @@ def check(name: str) -> dict[str, object]:
     with torch.no_grad():
         torch.manual_seed(0)
         found = tensors_of(fresh.eval()(*arguments))
-    same = len(found) == len(wanted) and all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in zip(found, wanted))
+    same = len(found) == len(wanted) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in zip(found, wanted)
+    )
     finite = all(bool(torch.isfinite(t).all()) for t in found if t.is_floating_point())
     return {
         "model": name, "weights": weights, "float_bytes": 4 * weights, "bytes": size, "raw_bytes": bnn.conversion.raw_bytes,
@@ -165,7 +167,11 @@ def main() -> None:
         try:
             done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, timeout=args.limit)
             failed = done.stderr.strip().splitlines()[-1:] if done.returncode else []
-            line = {"model": name, "failed": failed[0] if failed else f"exit {done.returncode}"} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+            line = (
+                {"model": name, "failed": failed[0] if failed else f"exit {done.returncode}"}
+                if done.returncode
+                else json.loads(done.stdout.splitlines()[-1])
+            )
         except subprocess.TimeoutExpired:
             line = {"model": name, "failed": f"not done after {args.limit:.0f} s"}
         print(json.dumps(line), flush=True)

@@ -32,7 +32,7 @@ import miracle_ban
 from miracle_ban.bits import parse_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import NUM_VALIDATION, append_result, cifar10, data_root
+from common import append_result, cifar10, data_root
 
 INPUT_MEAN, INPUT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, PAD = 128, 4

@@ -133,7 +133,9 @@ def test_compress_from_inputs_and_from_the_state_dict_alone(folder):
     assert (folder / "inputs.mban").stat().st_size == found["file_bytes"] <= 400
     assert found["quality"]["agreement"] > 80
     assert found["quality"]["relative_error"] < 0.5
-    text = run(folder, "compress", *[c for c in common if c != "--json"], "again.mban", "--model", "mine:net", "--inputs", "mine:images").stdout
+    text = run(
+        folder, "compress", *[c for c in common if c != "--json"], "again.mban", "--model", "mine:net", "--inputs", "mine:images"
+    ).stdout
     assert "same answer as before, %" in text
     alone = json.loads(run(folder, "compress", *common, "alone.mban").stdout)
     assert alone["file_bytes"] <= 400

@@ -244,9 +244,10 @@ def test_an_interrupted_packaging_without_data_resumes_to_the_same_file(trained_
         original(self, left)
 
     state = tmp_path / "state"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(TrellisPacking, "code_round", interrupted)
-        compress(trained_net, budget=900, checkpoint=state, progress=False)
+        with pytest.raises(KeyboardInterrupt):
+            compress(trained_net, budget=900, checkpoint=state, progress=False)
     assert compress(trained_net, budget=900, checkpoint=state, progress=False).to_bytes() == whole
 
 
