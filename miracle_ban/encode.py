@@ -104,7 +104,8 @@ def encode(
     side = side_bits(archive)
     goal = None if budget_bytes is None else index_budget_bits(budget_bytes, side)
     if goal is not None and saved is None:
-        _check_affordable(model, coder, block_bits, goal, side)
+        kl_bits = kl_bits_by_tensor(model) if reconstruction is None else reconstruction.kl_bits
+        _check_affordable(model, kl_bits, coder, block_bits, goal, side)
     feed = None
     if batches is not None and loss is not None and refine_steps > 0:
         feed = Feed(batches, next(model.parameters()).device, num_examples)
@@ -278,10 +279,12 @@ def _check_finite(model: nn.Module) -> None:
             raise CodingError(f"the posterior of {name} holds NaN or infinite values: training diverged; lower the learning rate")
 
 
-def _check_affordable(model: nn.Module, coder: coders.Coder, block_bits: float, goal: float, side: float) -> None:
+def _check_affordable(
+    model: nn.Module, kl_bits: dict[str, float], coder: coders.Coder, block_bits: float, goal: float, side: float
+) -> None:
     """Refuse posteriors that are far too rich for the budget before the work is done, not after."""
     counts = {name: p.mean.numel() for name, p in posteriors(model).items()}
-    expected = predicted_index_bits(kl_bits_by_tensor(model), counts, coder, block_bits)
+    expected = predicted_index_bits(kl_bits, counts, coder, block_bits)
     if coder.fixed_length_bits is None and expected > _STEERABLE * goal:
         raise BudgetError(
             f"the posteriors would take about {(expected + side) / 8:,.0f} bytes, the budget leaves {(goal + side) / 8:,.0f}: "

@@ -27,6 +27,7 @@ _RATE_CODE_BITS = 2  # by which the code of a rate may grow from one to the next
 _STEPS_AT_ONCE = 1 << 13  # in one search through several tensors
 _LARGEST_LOG2_FRAMES = 12
 _CORRECTIONS, _FEWEST_STEPS = 16, 64  # parts that a reconstructed tensor is coded in, and steps in each at least
+_LARGE, _CORRECTIONS_OF_LARGE = 1 << 18, 4  # weights; solving for them again takes seconds
 _LARGEST_FACTOR = 1.3  # more bits than that over what the KL asks for buy next to nothing
 
 Piece = tuple[int, int, int]  # record number, first step, stop
@@ -152,7 +153,8 @@ class TrellisPacking(Packing):
             if self.reconstruction:
                 self._reconstruct(number, first)
                 laws.pop(number, None)
-                at_once = max(-(-self.rates[number].steps // _CORRECTIONS), _FEWEST_STEPS)
+                parts = _CORRECTIONS if self.count[number] < _LARGE else _CORRECTIONS_OF_LARGE
+                at_once = max(-(-self.rates[number].steps // parts), _FEWEST_STEPS)
             if number not in laws:
                 laws[number] = self._law(number)
             if min(at_once, stop - first) > 2 * SEGMENT:

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 TOP = Path(__file__).parent.parent
 
@@ -51,3 +54,56 @@ def test_lenet5_recipe_writes_a_file_that_a_fresh_process_decodes_to_the_reporte
     checked = subprocess.run([*command[:2], "--check", str(file), "--data", str(tmp_path / "data")], capture_output=True, text=True)
     assert json.loads(checked.stdout) == {"error": line["error"], "sha256_weights": line["sha256_weights"]}
     assert (results.read_bytes() if results.exists() else None) == before  # a smoke run is no result
+
+
+def run_recipe(name: str, *words: object) -> str:
+    done = subprocess.run(
+        [sys.executable, str(TOP / "recipes" / name), *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def make_cifar10(root: Path) -> None:
+    """Noise in mosaics of 100 images a row, and a ResNet-20 of random weights with the statistics of that noise."""
+    rng = np.random.default_rng(0)
+    (root / "cifar10").mkdir(parents=True)
+    (root / "cifar10-resnets").mkdir()
+    for stem, rows in (*((f"train_{k}", 11) for k in range(1, 6)), ("test_00000_04999", 2)):
+        Image.fromarray(rng.integers(0, 256, (32 * rows, 3200, 3), dtype=np.uint8)).save(
+            root / "cifar10" / f"{stem}.webp", lossless=True, method=0
+        )
+    np.save(root / "cifar10" / "train_labels.npy", rng.integers(0, 10, 5500).astype(np.uint8))
+    np.save(root / "cifar10" / "test_00000_04999_labels.npy", rng.integers(0, 10, 200).astype(np.uint8))
+    sys.path.insert(0, str(TOP / "recipes"))
+    try:
+        from resnet_cifar10 import ResNet
+    finally:
+        sys.path.pop(0)
+    torch.manual_seed(0)
+    net = ResNet(20)
+    with torch.no_grad():
+        for _ in range(20):
+            net(torch.randn(16, 3, 32, 32))
+    save_file(net.state_dict(), root / "cifar10-resnets" / "resnet20.safetensors")
+
+
+def test_resnet_recipe_writes_a_file_that_a_fresh_process_decodes_to_the_reported_accuracy(tmp_path):
+    make_cifar10(tmp_path / "data")
+    words = ("--data", tmp_path / "data", "--work", tmp_path)
+    line = json.loads(run_recipe("resnet_cifar10.py", "--smoke", "--level", "inputs", "--budget", "60kB", *words).splitlines()[-1])
+    file = tmp_path / line["file"]
+    assert 59_000 < file.stat().st_size == line["bytes"] <= line["budget"]
+    assert line["agreement"] > 30  # of ten classes
+    checked = json.loads(run_recipe("resnet_cifar10.py", "--check", file, "--data", tmp_path / "data"))
+    assert checked == {k: line[k] for k in ("top1", "agreement", "float_top1", "sha256_weights")}
+
+
+def test_coverage_recipe_tries_a_network():
+    line = json.loads(run_recipe("coverage.py", "--smoke", "gru"))
+    assert line["same_outputs"]
+    assert line["finite"]
+    assert not line["problems"]
