@@ -27,7 +27,7 @@ from . import __version__, coders, plots
 from .bits import HuffmanTable, parse_bytes
 from .container import FIXED_LENGTH, FORMAT_VERSION, Archive, Record, live_count, octaves, prior_std, rates, resolve_kept
 from .convert import as_module, convert
-from .decode import bind, decode, save
+from .decode import bind, decode, restore, save
 from .decode import open as open_archive
 from .demo import check, run, weights_sha256
 from .encode import compress
@@ -410,7 +410,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     result = {"file": str(args.output), "tensors": rows, **_totals(rows, size), "stages": seconds, "seconds": sum(seconds.values())}
     if batches is not None or inputs is not None:
         other = copy.deepcopy(net)
-        other.load_state_dict(decode(archive, other))
+        restore(other, decode(archive, other))
         result["quality"] = compare(net, other, batches if batches is not None else inputs or (), loss)
     if args.report is not None:
         report = {**archive.info, "tensors": rows, "codeword_bits": _codeword_bits(archive).tolist(), "file": str(args.output)}

@@ -7,6 +7,8 @@ same on every machine. Leans on `container`, `blocks`, `tree`, `trellis` and, fo
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar, overload
 
@@ -194,8 +196,15 @@ def load(path, model=None, *, device=None):
     state = decode(open(path), model)
     if model is None:
         return {name: t if device is None else t.to(device) for name, t in state.items()}
-    model.load_state_dict(state)
+    restore(model, state)
     return model if device is None else model.to(device)
+
+
+def restore(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """`model.load_state_dict` of plain tensors: modules that ask which version of themselves wrote them are told their own."""
+    versioned = OrderedDict(state)
+    versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(versioned, strict=strict)
 
 
 def save(archive: Archive, path: str | os.PathLike[str]) -> int:

@@ -1,6 +1,6 @@
 """What a user names on the command line: a network, its trained weights, the data.
 
-Every fault that a user can make here ends in a `MiracleError` that says what was found and what is wanted. Leans on `errors`.
+Every fault that a user can make here ends in a `MiracleError` that says what was found and what is wanted. Leans on `decode` and `errors`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .decode import restore
 from .errors import MiracleError
 
 Loss = Callable[[Any, Any], Tensor]
@@ -235,5 +236,5 @@ def load_into(model: nn.Module, weights: dict[str, Tensor], where: str) -> nn.Mo
     said = [f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" for what, names in problems.items() if names]
     if said:
         raise MiracleError(f"{where} does not fit {type(model).__name__}: {'; '.join(said)}")
-    model.load_state_dict(weights, strict=False)
+    restore(model, weights, strict=False)
     return model

@@ -286,3 +286,16 @@ def test_the_decoded_network_works(files, trained_net):
     F.cross_entropy(net(images), labels).backward()  # ordinary weights: they can be trained on
     assert net.conv.weight.grad is not None
     assert miracle_ban.convert(net).conversion.links == miracle_ban.convert(trained_net).conversion.links
+
+
+def test_a_network_that_asks_for_its_version_is_told_it(files, expected):
+    """As torchvision's MNASNet does when a state dict is loaded."""
+
+    class Versioned(helpers.TinyNet):
+        _version = 2
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+            assert local_metadata["version"] == 2
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    assert helpers.same_state(load(files[False], Versioned()).state_dict(), expected)
