@@ -299,3 +299,20 @@ def test_a_network_that_asks_for_its_version_is_told_it(files, expected):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     assert helpers.same_state(load(files[False], Versioned()).state_dict(), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_decoded_network_is_an_ordinary_one_to_every_tool(files):
+    net = load(files[False], helpers.TinyNet()).eval()
+    assert not any(type(m).__module__.startswith("miracle_ban") for m in net.modules())
+    images, _ = helpers.blobs(8, seed=3)
+    with torch.no_grad():
+        wanted = net(images)
+        assert torch.equal(copy.deepcopy(net)(images), wanted)
+        assert torch.allclose(torch.jit.trace(net, images)(images), wanted, atol=1e-5)
+        assert torch.allclose(torch.export.export(net, (images,)).module()(images), wanted, atol=1e-5)
+        assert torch.allclose(torch.compile(net, backend="eager")(images), wanted, atol=1e-5)
+        fresh = helpers.TinyNet()
+        fresh.load_state_dict(net.state_dict())
+        assert torch.equal(fresh.eval()(images), wanted)
+        assert torch.allclose(net.half()(images.half()).float(), wanted, rtol=0.05, atol=0.05)
