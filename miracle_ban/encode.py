@@ -26,7 +26,7 @@ from .container import Archive
 from .convert import as_module, convert
 from .errors import BudgetError, CodingError, MiracleWarning
 from .inputs import batches_of, made_for
-from .layers import posteriors, use_mode
+from .layers import posteriors
 from .objective import Steering
 from .packing import Goal, Packing
 from .plan import carries_names, freeze_priors, kl_bits_by_tensor, predicted_index_bits, side_bits, skeleton
@@ -71,7 +71,7 @@ def encode(
         learning_rate: of the means in the first round of refining; it falls to a tenth in the last.
         names: store names and shapes; default if the file is going to be larger than 10 kB.
         num_examples: N; default the length of the data set.
-        reconstruction: for the trellis: sets each layer's posterior when its turn comes; rounds are layers then.
+        reconstruction: for the trellis: sets each layer's posterior when its turn comes, instead of refinement; rounds are layers then.
         checkpoint: file that keeps the state after every round; if it exists, packaging resumes from it.
         progress: show a progress bar on stderr.
 
@@ -107,7 +107,7 @@ def encode(
         kl_bits = kl_bits_by_tensor(model) if reconstruction is None else reconstruction.kl_bits
         _check_affordable(model, kl_bits, coder, block_bits, goal, side)
     feed = None
-    if batches is not None and loss is not None and refine_steps > 0:
+    if batches is not None and loss is not None and refine_steps > 0 and reconstruction is None:
         feed = Feed(batches, next(model.parameters()).device, num_examples)
     rounds = max(1, rounds) if feed is not None else 1
     packing: Packing
@@ -140,11 +140,7 @@ def encode(
             if feed is not None and loss is not None and packing.num_coded < packing.total:
                 feed.restart()
                 _set_rate(optimizer, learning_rate * (1.0 - (1.0 - _LAST_RATE) * packing.num_coded / packing.total))
-                if reconstruction is None:
-                    value, beta = _refine(model, feed, loss, optimizer, packing.goals(), steering, beta, refine_steps)
-                else:
-                    value = _retrain(model, feed, loss, optimizer, refine_steps)
-                    reconstruction.refer()
+                value, beta = _refine(model, feed, loss, optimizer, packing.goals(), steering, beta, refine_steps)
                 spent = packing.spent_bits()
                 history.append({"coded": packing.num_coded, "loss": value, "beta": beta, "spent_bits": spent})
                 bar.set_postfix_str(f"loss {value:.4f}, beta {beta:.3g}, {(side + spent) / 8:,.0f} bytes so far")
@@ -319,22 +315,6 @@ def _refine(
             now.update(dict.fromkeys(goal.names, steering[goal.names].update(bits, goal.target_bits)))
     weight = sum(g.target_bits for g in goals)
     return total / steps, sum(steering[g.names].beta * g.target_bits for g in goals) / weight if goals else beta
-
-
-def _retrain(model: nn.Module, feed: Feed, loss: Loss, optimizer: torch.optim.Optimizer, steps: int) -> float:
-    """Train the means of the weights not coded yet, on the loss alone; returns its mean."""
-    for p in posteriors(model).values():
-        p.mean.requires_grad_(not bool(p.fixed.all()))
-    total = 0.0
-    with use_mode(model, "mean"):
-        for _ in range(steps):
-            x, y = feed.next()
-            value = loss(model(x), y)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            optimizer.step()
-            total += float(value.detach())
-    return total / steps
 
 
 def _account(packing: Packing, archive: Archive, size: int, beta: float, history: list[dict[str, float]], seconds: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ a Gaussian log-likelihood of precision `lam / var(y)`. Under the prior N(0, s^2)
 1 / (precision H_ii + 1 / s^2), and as means the solution of a ridge regression, in which the weights already coded stand at their
 decoded values. It is solved again after each part of a layer: optimal brain surgery (Hassibi and Stork 1993) for a random code, as
 GPTQ is for rounding (Frantar et al. 2023, arXiv 2210.17323); C in place of H makes up for the layers before as well.
-Leans on `layers` and torch.
+Leans on `layers`, `convert` and torch.
 """
 
 from __future__ import annotations
@@ -123,10 +123,6 @@ class Reconstruction:
         for name, p in posteriors(self.model).items():
             if name in self.owner:
                 p.mean.copy_(torch.where(p.fixed, p.mean, trained[name].mean))
-
-    def refer(self) -> None:
-        """From now on keep the outputs of layers at what they are in the network as it stands, for it has been trained."""
-        self.float = copy.deepcopy(self.model).eval()
 
     def _measure(self) -> dict[str, Tensor]:
         """The precision, for `lam` 1, that each weight is worth: its input's variance over that of its layer's outputs."""

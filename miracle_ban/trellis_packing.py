@@ -1,7 +1,8 @@
 """Packaging by trellis: one stream of bits through all tensors, coded frame by frame.
 
 How many bits each tensor gets is settled before coding starts, from its KL, so the size of the file is exact from the
-beginning. Each tensor's beta is then steered so that what is left of it has the KL that its bits can carry.
+beginning. Each tensor's beta is then steered so that what is left of it has the KL that its bits can carry; or, without training
+data, each layer's posterior is set anew when its turn comes (`reconstruct`).
 """
 
 from __future__ import annotations
