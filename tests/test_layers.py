@@ -104,10 +104,8 @@ def test_kl_is_the_sum_over_all_weights_with_the_best_prior(per_unit):
     total = torch.zeros((), dtype=torch.float64)
     for p in posteriors(bnn).values():
         second = p.mean.double() ** 2 + p.log_std.double().exp() ** 2
-        if not per_unit:
-            prior = second.mean().sqrt()
-        else:
-            prior = second.mean(tuple(range(1, second.dim())), keepdim=True).sqrt() if second.dim() > 1 else second.sqrt()
+        by_unit = per_unit and second.dim() > 1
+        prior = (second.mean(tuple(range(1, second.dim())), keepdim=True) if by_unit else second.mean()).sqrt()
         every = expected_kl(p, prior)
         total = total + every.sum()
         other = expected_kl(p, 1.1 * prior).sum()  # any other scale is worse
