@@ -7,6 +7,7 @@ The pipeline, and where each step lives:
     --load--> the same nn.Module with ordinary weights
 """
 
+from .ban import BayesianAttention
 from .convert import convert
 from .decode import decode, load, open, save
 from .encode import compress, encode
@@ -15,4 +16,7 @@ from .layers import kl
 from .train import FitReport, fit
 
 __version__ = "0.1.0"
-__all__ = ["FitReport", "MiracleError", "__version__", "compress", "convert", "decode", "encode", "fit", "kl", "load", "open", "save"]
+__all__ = [
+    "BayesianAttention", "FitReport", "MiracleError", "__version__", "compress", "convert", "decode", "encode", "fit", "kl", "load", "open",
+    "save",
+]  # fmt: skip

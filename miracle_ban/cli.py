@@ -153,6 +153,8 @@ def _add_compress(commands: Any) -> argparse.ArgumentParser:
     group.add_argument("--data", metavar="D", help=data)
     inputs = "as --data, but gives a tensor of examples or batches without labels, a thousand in all: for smaller errors without training"
     group.add_argument("--inputs", metavar="I", help=inputs)
+    context = "with --data: inputs of the context that the file is for, as --inputs; trains with Bayesian attention over sets of classes"
+    command.add_argument("--context", metavar="C", help=context)
     command.add_argument("--budget", required=True, metavar="SIZE", help='of the whole file: bytes, "20 kB", "3 MB"')
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mban")
     command.add_argument("--epochs", type=_positive, default=30.0, help="passes over the data while training (default 30)")
@@ -387,6 +389,9 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     net = as_module(weights) if args.model is None else load_into(load_model(args.model), weights, str(args.source))
     batches, loss = (None, None) if args.data is None else load_data(args.data)
     inputs = None if args.inputs is None else batches_of(load_inputs(args.inputs))
+    if args.context and not args.data:
+        raise MiracleError("--context needs the training set: give --data")
+    context = None if args.context is None else load_inputs(args.context)
     if batches is not None and loss is not None:
         try_batch(net, batches, loss, args.data)
     archive = compress(
@@ -394,6 +399,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
         batches,
         loss,
         inputs=inputs,
+        context=context,
         budget=args.budget,
         epochs=args.epochs,
         coder=args.coder,
@@ -408,10 +414,11 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     trained = {"fit": archive.info["fit"]["seconds"]} if "fit" in archive.info else {}
     seconds = {**trained, "encode": archive.info["seconds"]}
     result = {"file": str(args.output), "tensors": rows, **_totals(rows, size), "stages": seconds, "seconds": sum(seconds.values())}
-    if batches is not None or inputs is not None:
+    measured = batches_of(context) if context is not None else batches if batches is not None else inputs
+    if measured is not None:
         other = copy.deepcopy(net)
         restore(other, decode(archive, other))
-        result["quality"] = compare(net, other, batches if batches is not None else inputs or (), loss)
+        result["quality"] = compare(net, other, measured, None if context is not None else loss)
     if args.report is not None:
         report = {**archive.info, "tensors": rows, "codeword_bits": _codeword_bits(archive).tolist(), "file": str(args.output)}
         write_whole(args.report, json.dumps(_finite(report), allow_nan=False).encode())

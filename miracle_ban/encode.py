@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from . import coders
+from .ban import BayesianAttention, Taught, imitation, mean_network
 from .bits import NATS_PER_BIT, parse_bytes
 from .block_packing import BlockPacking
 from .container import Archive
@@ -53,6 +55,7 @@ def encode(
     learning_rate: float = 1e-3,
     names: bool | None = None,
     num_examples: int | None = None,
+    context: Any = None,
     reconstruction: Reconstruction | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
@@ -60,7 +63,8 @@ def encode(
     """Code one draw of the posterior of every weight into an `Archive`.
 
     Args:
-        model: from `convert`, trained by `fit`; afterwards its weights are fixed at the coded values.
+        model: from `convert`, trained by `fit`; afterwards its weights are fixed at the coded values. One that was trained with
+            attention is left alone: it can be packaged again for other contexts.
         batches, loss: as in `fit`; with them the weights not coded yet are refined between rounds.
         coder: name of a coder, or a `coders.Coder`.
         seed: key of the shared randomness, stored in the file (small ones in fewer bits).
@@ -71,6 +75,9 @@ def encode(
         learning_rate: of the means in the first round of refining; it falls to a tenth in the last.
         names: store names and shapes; default if the file is going to be larger than 10 kB.
         num_examples: N; default the length of the data set.
+        context: for a model that was trained with attention: inputs of the context to package it for, a tensor or batches (labels
+            are ignored); without `batches` the weights are refined on them, the posterior mean in that context being the teacher
+            (`loss` of its outputs, default `ban.imitation`). The default budget is then what the KL in that context asks for.
         reconstruction: for the trellis: sets each layer's posterior when its turn comes, instead of refinement; rounds are layers then.
         checkpoint: file that keeps the state after every round; if it exists, packaging resumes from it.
         progress: show a progress bar on stderr.
@@ -83,6 +90,14 @@ def encode(
         CodingError: the posteriors are not finite, or the checkpoint belongs to another run.
     """
     started = time.monotonic()
+    attention: BayesianAttention | None = getattr(model, "bayesian_attention", None)
+    if context is not None and attention is None:
+        raise CodingError("context needs a model that was trained with fit(..., attention=BayesianAttention(...))")
+    if attention is not None:
+        model, batches, loss = _in_context(model, attention, context, batches, loss)
+        resumes = checkpoint is not None and Path(checkpoint).exists()
+        if budget is not None and batches is not None and loss is not None and not resumes:
+            _come_down(model, batches, loss, budget, rounds * refine_steps // 2, coder=coder, seed=seed, progress=progress)
     session: Session | None = getattr(model, "session", None)
     coder = coders.get(coder) if isinstance(coder, str) else coder
     block_bits = block_bits or (session.block_bits if session else BLOCK_BITS)
@@ -175,6 +190,7 @@ def compress(
     coder: str | coders.Coder = "trellis",
     seed: int = 0,
     inputs: Any = None,
+    context: Any = None,
     where: Callable[[str, nn.Module], bool] | None = None,
     per_unit: bool = False,
     checkpoint: str | Path | None = None,
@@ -197,6 +213,8 @@ def compress(
         seed: as in `encode`.
         inputs: without `batches`: a tensor of examples, or an iterable of batches (labels are ignored), 1,024 examples at most
             are used; default inputs made up to fit the network's BatchNorms (`inputs`).
+        context: with `batches`: inputs of the context that the file is for, as in `encode`; trains with attention, on random sets
+            of the classes unless `fit_options` gives an `attention`. For several packages of one training, call `fit` and `encode`.
         where, per_unit: as in `convert`.
         checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit" and "<checkpoint>.encode".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
@@ -220,6 +238,8 @@ def compress(
     if batches is None or loss is None:
         if batches is not None or loss is not None:
             raise CodingError("batches and loss come together: compress(net, loader, F.cross_entropy, budget=...), or neither")
+        if context is not None:
+            raise CodingError("context needs a training set: compress(net, loader, loss, context=inputs, budget=...)")
         options = {"inputs": inputs, "where": where, "progress": progress, **(encode_options or {})}
         if checkpoint is not None:
             options["checkpoint"] = Path(f"{checkpoint}.encode")
@@ -227,8 +247,13 @@ def compress(
     model = convert(net, where=where, per_unit=per_unit)
     stage = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("fit", "encode")}
     common: dict[str, Any] = {"coder": coder, "seed": seed, "progress": progress}
-    report = fit(model, batches, loss, budget=budget, epochs=epochs, checkpoint=stage["fit"], **common, **(fit_options or {}))
-    archive = encode(model, batches, loss, checkpoint=stage["encode"], **common, **(encode_options or {}))
+    fit_options, encode_options = dict(fit_options or {}), dict(encode_options or {})
+    if context is not None:
+        fit_options.setdefault("attention", BayesianAttention(net))
+        encode_options |= {"context": context, "budget": budget}
+    report = fit(model, batches, loss, budget=budget, epochs=epochs, checkpoint=stage["fit"], **common, **fit_options)
+    own = batches if context is None else None  # for a context the weights are refined on its inputs
+    archive = encode(model, own, loss if context is None else None, checkpoint=stage["encode"], **common, **encode_options)
     archive.info["fit"] = report.as_dict()
     if stage["fit"] is not None:
         stage["fit"].unlink(missing_ok=True)
@@ -262,6 +287,27 @@ def _compress_weights(
     if isinstance(coder, coders.Trellis):
         options["reconstruction"] = reconstruction
     return encode(model, coder=coder, seed=seed, budget=budget, progress=progress, **options)
+
+
+def _in_context(
+    model: nn.Module, attention: BayesianAttention, context: Any, batches: Iterable | None, loss: Loss | None
+) -> tuple[nn.Module, Iterable | None, Loss | None]:
+    """The model to package for a context, and what to refine it on."""
+    net = attention.specialise(model, context)
+    if context is not None:
+        session: Session | None = getattr(model, "session", None)
+        if session is not None:
+            net.session = replace(session, budget_bytes=None)  # type: ignore[assignment]
+        if batches is None:
+            teacher = attention.specialise(model, context, drop=False)
+            batches, loss = Taught(context, mean_network(teacher)), loss or imitation
+    return net, batches, loss
+
+
+def _come_down(model: nn.Module, batches: Iterable, loss: Loss, budget: str | int, steps: int, **options: Any) -> None:
+    """Bring posteriors that ask for more than the budget down to it, before coding starts."""
+    per_epoch = Feed(batches, next(model.parameters()).device).batches_per_epoch
+    fit(model, batches, loss, budget=budget, epochs=steps / per_epoch, narrow_epochs=0.2 * steps / per_epoch, **options)
 
 
 def _check_fresh(model: nn.Module) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,18 @@ from .errors import MismatchError
 
 _MIN_OUTPUT_VARIANCE = 1e-12  # keeps sqrt differentiable where every weight of a layer is fixed
 INITIAL_RELATIVE_STD = 0.1  # of the tensor's root mean square: about 3.3 bits of KL a weight to begin with
+
+
+class Law(NamedTuple):
+    """Posterior of one tensor's live weights: mean and log standard deviation.
+
+    The layer computes with `scale` times a draw, and the weights' KL counts `share` times (both broadcastable; None is 1).
+    """
+
+    mean: Tensor
+    log_std: Tensor
+    scale: Tensor | None = None
+    share: Tensor | None = None
 
 
 class Posterior(nn.Module):
@@ -48,6 +61,7 @@ class Posterior(nn.Module):
         self.per_unit = per_unit and value.dim() > 1
         self.local = False  # True where the layer draws on its output instead of here
         self.mode = "draw"
+        self.conditional: Law | None = None  # given a context (`ban`); None: the posterior's own mean and log_std
         self._cache: Tensor | None = None
         self._caching = False
         mean = value.detach().clone(memory_format=torch.contiguous_format)
@@ -65,12 +79,19 @@ class Posterior(nn.Module):
         """Shape of the live part: the first `kept[a]` slices along each axis a."""
         return tuple(self.mean.shape)
 
+    def law(self) -> Law:
+        """The posterior that holds now: the conditional one, or its own."""
+        return Law(self.mean, self.log_std) if self.conditional is None else self.conditional
+
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of every live weight; a fixed weight is its value, with variance 0."""
-        var = (2 * self.log_std).exp()
+        """Mean and variance of every live weight to compute with; a fixed weight is its value, with variance 0."""
+        mean, log_std, scale, _ = self.law()
+        var = (2 * log_std).exp()
+        if scale is not None:
+            mean, var = mean * scale, var * scale.square()
         if self.fixed.any():
-            return torch.where(self.fixed, self.value, self.mean), var.masked_fill(self.fixed, 0.0)
-        return self.mean, var
+            return torch.where(self.fixed, self.value, mean), var.masked_fill(self.fixed, 0.0)
+        return mean, var
 
     def current(self) -> Tensor:
         """The weights to compute with, full shape: a draw in mode "draw", else the mean.
@@ -99,7 +120,7 @@ class Posterior(nn.Module):
         return F.pad(live, pad)
 
     def group_second_moment(self) -> Tensor:
-        """Mean of `mean**2 + std**2` per prior group, broadcastable to the live shape."""
+        """Mean of `mean**2 + std**2` per prior group, broadcastable to the live shape; never depends on context."""
         second = self.mean.square() + (2 * self.log_std).exp()
         if self.per_unit:
             return second.mean(dim=tuple(range(1, second.dim())), keepdim=True)
@@ -107,10 +128,12 @@ class Posterior(nn.Module):
 
     def kl_per_weight(self) -> Tensor:
         """KL to the prior of every live weight, nats, live shape; 0 where fixed."""
-        second = self.mean.square() + (2 * self.log_std).exp()
+        mean, log_std, _, share = self.law()
+        second = mean.square() + (2 * log_std).exp()
         prior_var = self.group_second_moment() if self.prior_std is None else self.prior_std.square()
         prior_var = prior_var.clamp_min(1e-30)
-        kl = 0.5 * (second / prior_var - 1.0 + prior_var.log()) - self.log_std
+        kl = 0.5 * (second / prior_var - 1.0 + prior_var.log()) - log_std
+        kl = kl if share is None else kl * share
         return kl.masked_fill(self.fixed, 0.0) if self.fixed.any() else kl
 
     def kl(self) -> Tensor:
@@ -267,6 +290,29 @@ def use_mode(model: nn.Module, mode: str) -> Iterator[None]:
     finally:
         for p, old in before.items():
             p.mode = old
+
+
+def loss_at(model: nn.Module, weights: Sequence[Tensor], loss: Callable, inputs: Any, targets: Any) -> Tensor:
+    """`loss(model(inputs), targets)` at given live weights, one tensor for each of `posteriors(model)`; for `torch.func`."""
+    held = list(posteriors(model).values())
+    before = [p.conditional for p in held]
+    try:
+        for p, weight, law in zip(held, weights, before, strict=True):
+            p.conditional = Law(weight, p.log_std.detach(), None if law is None or law.scale is None else law.scale.detach())
+        with use_mode(model, "mean"):
+            return loss(model(inputs), targets)
+    finally:
+        for p, law in zip(held, before, strict=True):
+            p.conditional = law
+
+
+def example_gradients(model: nn.Module, weights: Sequence[Tensor], loss: Callable, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+    """Gradients of each example's loss with respect to the live weights, each `[n, *weight.shape]`."""
+
+    def of_one(own: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss_at(model, own, loss, x[None], y[None])
+
+    return list(torch.func.vmap(torch.func.grad(of_one), in_dims=(None, 0, 0), randomness="different")(list(weights), inputs, targets))
 
 
 def kl(model: nn.Module) -> Tensor:

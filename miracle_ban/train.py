@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from . import coders
+from .ban import BayesianAttention
 from .bits import NATS_PER_BIT, parse_bytes
 from .convert import conversion, drop_units
 from .errors import BudgetError, MiracleError
@@ -30,6 +31,7 @@ from .plan import carries_names, kl_bits_by_tensor, predicted_index_bits, side_b
 from .structure import Link
 
 Loss = Callable[[Any, Any], Tensor]
+ATTENTION_RATE = 4e-3  # largest learning rate of the attention's own networks
 LOG_STD_RATE = 5.0  # learning rate of log_std over that of the means
 BLOCK_BITS = 14.0  # KL of one block
 FIRST_BETA = 0.02  # low: the KL is to come down slowly, from above
@@ -165,23 +167,29 @@ def train_step(
     *,
     beta: float | dict[str, float],
     num_examples: int,
+    attention: BayesianAttention | None = None,
 ) -> tuple[float, dict[str, float]]:
     """One gradient step on the beta-ELBO; returns the loss, nats per example, and the KL of each tensor, nats.
 
-    `beta` may be given for each tensor.
+    `beta` may be given for each tensor. With `attention` the step is on a context that it draws.
 
     Raises:
         MiracleError: the loss is NaN or infinite.
     """
-    value = loss(model(batch[0]), batch[1])
+    if attention is None:
+        value, extra = loss(model(batch[0]), batch[1]), torch.zeros(())
+    else:
+        value, extra = attention.losses(model, batch, loss, num_examples)
     held = posteriors(model)
     kl_nats = torch.stack([p.kl() for p in held.values()])
     optimizer.zero_grad(set_to_none=True)
     if isinstance(beta, dict):
         weighted = (kl_nats * kl_nats.new_tensor([beta[name] for name in held])).sum()
-        beta_elbo(value, weighted, beta=1.0, num_examples=num_examples).backward()
+        objective = beta_elbo(value, weighted, beta=1.0, num_examples=num_examples)
     else:
-        beta_elbo(value, kl_nats.sum(), beta=beta, num_examples=num_examples).backward()
+        weight = 1.0 if attention is None else attention.kl_weight
+        objective = beta_elbo(value, kl_nats.sum(), beta=weight * beta, num_examples=num_examples)
+    (objective + extra.to(objective)).backward()
     optimizer.step()
     measured = float(value.detach())
     if not math.isfinite(measured):
@@ -205,6 +213,7 @@ def fit(
     weights_per_bit: float = 1.5,
     names: bool | None = None,
     num_examples: int | None = None,
+    attention: BayesianAttention | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
@@ -226,6 +235,8 @@ def fit(
         narrow_epochs: passes spent on that.
         names: whether the file will carry names and shapes; default if larger than 10 kB.
         num_examples: N; default the length of the data set.
+        attention: conditions the posteriors on contexts that it draws from the batches; `budget` is then what the package of
+            the context of everything aims at. Afterwards it is `model.bayesian_attention`, and `encode(model, context=...)` uses it.
         seed: for torch's generator; draws and shuffling follow from it.
         checkpoint: file that keeps the state after every epoch; if it exists, training resumes from it, or is over.
         progress: show a progress bar on stderr.
@@ -249,7 +260,7 @@ def fit(
     settings = {
         "seed": seed, "budget_bytes": budget_bytes, "epochs": epochs, "learning_rate": learning_rate, "coder": coder.name,
         "block_bits": block_bits, "weights_per_bit": weights_per_bit, "narrow": narrow, "beta": beta,
-        "num_examples": feed.num_examples, "tensors": list(posteriors(model)),
+        "num_examples": feed.num_examples, "tensors": list(posteriors(model)), "attention": attention is not None,
     }  # fmt: skip
     saved = checkpoints.read(Path(checkpoint), stage="fit", expected=settings) if checkpoint is not None else None
     model.train()
@@ -262,11 +273,15 @@ def fit(
         with_names = carries_names(names, model, None if budget_bytes is None else 8.0 * budget_bytes)
         side = side_bits(skeleton(model, coder=coder, seed=0, names=with_names)) if saved is None else saved["side"]
         goal = None if budget_bytes is None else index_budget_bits(budget_bytes, side)
+        if attention is not None:
+            attention.attach(model, feed.next()[0])
+            feed.restart()
         report = FitReport(budget_bytes, feed.num_examples, steps=max(1, round(epochs * per_epoch)))
         gain = max(SLOW_GAIN, 30.0 / report.steps)  # a short run must be able to cross four decades of beta, too
         response = 0.0 if gain == SLOW_GAIN else SHORT_RUN_RESPONSE  # and so coarse an integral needs damping
         steering = Steering(beta if goal is None else FIRST_BETA, gain=gain, response=response)
-        course = _Course(model, feed, loss, coder, block_bits, steering, learning_rate, goal, report.steps, drop=narrow)
+        course = _Course(model, feed, loss, coder, block_bits, steering, learning_rate, goal, report.steps,
+                         drop=narrow and attention is None, attention=attention)  # fmt: skip
         if saved is not None:
             course.restore(saved["course"])
             report.history, started = saved["history"], started - saved["seconds"]
@@ -287,6 +302,8 @@ def fit(
                     {**content, "course": course.state(), "history": report.history, "seconds": time.monotonic() - started},
                 )
         bar.close()
+        if attention is not None:
+            attention.settle(model, batches)
     held = posteriors(model)
     report.kl_bits_by_tensor = kl_bits_by_tensor(model)
     report.kl_bits = sum(report.kl_bits_by_tensor.values())
@@ -314,16 +331,22 @@ class _Course:
         steps: int,
         *,
         drop: bool,
+        attention: BayesianAttention | None = None,
     ):
+        self.attention = attention
         self.model, self.feed, self.loss, self.coder, self.block_bits = model, feed, loss, coder, block_bits
         self.steering, self.goal, self.steps, self.drop = steering, goal, steps, drop
         self.optimizer = make_optimizer(model, learning_rate)
+        if attention is not None:
+            own = [p for p in attention.parameters() if p.requires_grad]
+            self.optimizer.add_param_group({"params": own, "lr": min(learning_rate, ATTENTION_RATE)})
         rates = [g["lr"] for g in self.optimizer.param_groups]
         warm_up = min(0.1, 200 / steps + 0.02)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rates, total_steps=steps + 1, pct_start=warm_up)
         self.step = 0
         self.beta = steering.beta  # of the next step
         self.running = 0.0  # mean loss of the latest steps
+        self.kl_nats = sum(kl_bits_by_tensor(model).values()) * NATS_PER_BIT  # at the latest step on everything
         self.bits_per_nat = 1.0 / NATS_PER_BIT
         self.first = self.forecast()
 
@@ -339,14 +362,18 @@ class _Course:
         """One step; returns its row of the history, `predicted_bits` being those of the codewords."""
         step, beta = self.step, self.beta
         value, by_tensor = train_step(
-            self.model, self.feed.next(), self.loss, self.optimizer, beta=beta, num_examples=self.feed.num_examples
-        )
+            self.model, self.feed.next(), self.loss, self.optimizer, beta=beta, num_examples=self.feed.num_examples,
+            attention=self.attention,
+        )  # fmt: skip
+        general = self.attention is None or self.attention.is_general  # the budget is that of the context of everything
         kl_nats = sum(by_tensor.values())
         self.schedule.step()
         self.running = value if step == 0 else 0.98 * self.running + 0.02 * value
         if step % LOG_EVERY == 0:
             self.forecast()
-        predicted = self.bits_per_nat * kl_nats
+        if general:
+            self.kl_nats = kl_nats
+        predicted = self.bits_per_nat * self.kl_nats
         if self.goal is not None:
             target = _target(step / self.steps, min(self.first, LARGEST_START * self.goal), self.goal)
             self.beta = self.steering.update(predicted, target)
@@ -354,8 +381,8 @@ class _Course:
                 _drop_silent_units(self.model, self.optimizer)
         self.step += 1
         return {
-            "step": step, "loss": self.running, "beta": self.steering.beta, "kl_bits": kl_nats / NATS_PER_BIT, "predicted_bits": predicted,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "step": step, "loss": self.running, "beta": self.steering.beta, "kl_bits": self.kl_nats / NATS_PER_BIT,
+            "predicted_bits": predicted, "learning_rate": self.optimizer.param_groups[0]["lr"],
         }  # fmt: skip
 
     def state(self) -> dict[str, Any]:
@@ -364,7 +391,8 @@ class _Course:
         return {
             "step": self.step, "running": self.running, "bits_per_nat": self.bits_per_nat, "first": self.first,
             "beta": self.steering.beta, "next_beta": self.beta, "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(), "generator": torch.get_rng_state(),
+            "schedule": self.schedule.state_dict(), "generator": torch.get_rng_state(), "kl_nats": self.kl_nats,
+            "attention": None if self.attention is None else self.attention.state_dict(),
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -373,6 +401,9 @@ class _Course:
         self.first, self.steering.beta, self.beta = state["first"], state["beta"], state["next_beta"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        self.kl_nats = state["kl_nats"]
+        if self.attention is not None:
+            self.attention.load_state_dict(state["attention"])
         torch.set_rng_state(state["generator"])
 
 

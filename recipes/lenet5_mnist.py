@@ -37,12 +37,12 @@ BATCH = 250
 class LeNet5(nn.Module):
     """LeNet-5 "Caffe": conv 20@5x5, conv 50@5x5, fc 800-500, fc 500-10; 431,080 weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 10) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, 20, 5)
         self.conv2 = nn.Conv2d(20, 50, 5)
         self.fc1 = nn.Linear(800, 500)
-        self.fc2 = nn.Linear(500, 10)
+        self.fc2 = nn.Linear(500, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores `[n, 10]` of images `[n, 1, 28, 28]`."""
@@ -51,10 +51,10 @@ class LeNet5(nn.Module):
         return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
 
 
-def train_float(batches: Batches, *, epochs: int, seed: int, path: Path) -> LeNet5:
+def train_float(batches: Batches, *, epochs: int, seed: int, path: Path, classes: int = 10) -> LeNet5:
     """The ordinary network to start from, trained once per seed and kept at `path`."""
     torch.manual_seed(seed)
-    net = LeNet5()
+    net = LeNet5(classes)
     if path.exists():
         net.load_state_dict(torch.load(path, weights_only=True))
         return net

@@ -194,6 +194,46 @@ def speed_table() -> str:
     return "\n".join(rows)
 
 
+def contexts_table() -> str:
+    """Packages of one training for several contexts, beside the general one and rivals; of runs repeated the latest counts."""
+    latest = {(v["task"], v["context"], v["kind"], v["seed"]): v for v in read_results("ban_contexts")}
+    rows = ["| context | package | bytes | of the general package | error there, % | error of the general package there, % |", "|" + "---|" * 6]
+    for v in latest.values():
+        context = f"{v['context']} (not trained on)" if v["unseen"] else v["context"]
+        of_rival = latest.get((v["task"], v["context"], "rival", v["seed"])) if v["kind"] == "specialised" else None
+        note = f", {v['bytes'] / of_rival['bytes']:.2f} of the rival's" if of_rival else ""
+        rows.append(f"| {v['task']}: {context} | {v['kind']} | {v['bytes']:,}{note} | {v['share']:.2f} | {v['error']:.2f} | {v['general_error']:.2f} |")
+    return "\n".join(rows)
+
+
+def text_table() -> str:
+    """Bits per byte of every file with and without attention; the model's file is counted in the totals."""
+    latest = {(v["file"], v["attention"]): v for v in read_results("ban_text")}
+    rows = ["| file | bytes | attention on | off | saved | xz -9e | zstd -19 | bzip2 -9 |", "|" + "---|" * 8]
+    names = list(dict.fromkeys(name for name, _ in latest))
+    others = ("xz_bytes", "zstd_bytes", "bzip2_bytes")
+
+    def cells(on: float, off: float, size: int, other: list[float]) -> str:
+        each = " | ".join(f"{8 * b / size:.3f}" for b in other)
+        return f"{8 * on / size:.3f} | {8 * off / size:.3f} | {100 * (1 - on / off):.1f} % | {each} |"
+
+    total = dict.fromkeys(("bytes", "on", "off", *others), 0)
+    for name in names:
+        on, off = latest[name, "on"], latest[name, "off"]
+        rows.append(f"| {name} | {on['bytes']:,} | " + cells(on["coded_bytes"], off["coded_bytes"], on["bytes"], [on[k] for k in others]))
+        total["bytes"] += on["bytes"]
+        total["on"] += on["coded_bytes"]
+        total["off"] += off["coded_bytes"]
+        for k in others:
+            total[k] += on[k]
+    if names:
+        rows.append(f"| all | {total['bytes']:,} | " + cells(total["on"], total["off"], total["bytes"], [total[k] for k in others]))
+        models = {a: latest[names[0], a]["model_bytes"] for a in ("on", "off")}
+        with_models = cells(total["on"] + models["on"], total["off"] + models["off"], total["bytes"], [total[k] for k in others])
+        rows.append(f"| all, and the models' files ({models['on']:,} and {models['off']:,} bytes) | {total['bytes']:,} | {with_models}")
+    return "\n".join(rows)
+
+
 def keep(folder: Path) -> None:
     """Copy the best file of each budget to `pretrained/` and write the manifest, replacing the cards of the files that FOLDER has."""
     target = TOP / "pretrained" / "manifest.json"
@@ -240,6 +280,8 @@ def main() -> None:
     replace_section(TOP / "README.md", "resnets", resnet_table())
     replace_section(TOP / "README.md", "coders", coder_table())
     replace_section(TOP / "recipes" / "README.md", "coverage", coverage_table())
+    replace_section(TOP / "recipes" / "README.md", "contexts", contexts_table())
+    replace_section(TOP / "recipes" / "README.md", "text", text_table())
     resnet_plot(TOP / "recipes" / "results" / "resnet_cifar10.png")
     replace_section(TOP / "recipes" / "README.md", "lenet5", lenet_seeds())
     replace_section(TOP / "recipes" / "README.md", "blocks", block_table())
