@@ -35,8 +35,9 @@ Contexts = Callable[[Any], Tensor]  # targets -> bool [n]: which examples of a b
 
 _NEGLIGIBLE = 0.02  # importance under which an example is left out of the forward pass
 _FIRST_SPREAD = 3.0  # of the experts' means over what torch's initialisation gives: z must be heard above its noise
-_OPEN = 2.5  # log odds that the gates start at
+_OPEN = 1.0  # log odds that the gates start at: further out their gradient vanishes
 _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1  # of the hard concrete law
+_RAREST = 1e-4  # of the frequency in training: less is never believed of a class
 _CONTEXT_EXAMPLES = 2048  # of a context are looked at for its z
 
 
@@ -360,6 +361,14 @@ class BayesianAttention(nn.Module):
         return product_of_experts(*self.experts(found))[0]
 
     @torch.no_grad()
+    def teacher(self, model: nn.Module, context: Any) -> Callable[[Any], Tensor]:
+        """Outputs at the mean of z and of the weights in a context; class scores are corrected by the classes' frequency in it."""
+        run = mean_network(self.specialise(model, context, drop=False))
+        outputs = torch.cat([run(b.to(self.general.device)) for b in batches_of(context, _CONTEXT_EXAMPLES)])
+        shift = class_shift(outputs) if _are_scores(outputs) else torch.zeros((), device=outputs.device)
+        return lambda inputs: run(inputs) + shift
+
+    @torch.no_grad()
     def predict(self, model: nn.Module, inputs: Any) -> Any:
         """Outputs for a batch that is its own context, at the mean of z and of the weights (the paper's section 4, at its end)."""
         self.condition(model, self.encode(inputs)[0])
@@ -407,6 +416,20 @@ def detached_copy(model: nn.Module) -> nn.Module:
             model.__dict__["bayesian_attention"] = attention
 
 
+def class_shift(outputs: Tensor, rounds: int = 100) -> Tensor:
+    """Log of how much more frequent each class is among unlabelled inputs than in training, `[C]`, from class scores `[n, C]`.
+
+    By expectation maximisation (Saerens, Latinne and Decaestecker 2002, Neural Computation 14(1), equation 2.7), training classes
+    taken as equally frequent. Added to the scores it makes them those of a network that knows what occurs here.
+    """
+    probability = outputs.double().softmax(1)
+    weight = torch.ones(outputs.shape[1], dtype=torch.float64, device=outputs.device)
+    for _ in range(rounds):
+        own = weight * probability
+        weight = outputs.shape[1] * (own / own.sum(1, keepdim=True)).mean(0)
+    return weight.clamp_min(_RAREST).log().to(outputs.dtype)
+
+
 def mean_network(model: nn.Module) -> Callable[[Any], Tensor]:
     """The function that a converted model computes with its posterior means."""
 
@@ -451,6 +474,10 @@ class Taught:
 
 def imitation(outputs: Tensor, taught: Tensor) -> Tensor:
     """Loss of imitating a teacher, nats: cross-entropy between class probabilities; half the squared error of other outputs."""
-    if outputs.dim() == 2 and outputs.shape[1] > 1:
+    if _are_scores(outputs):
         return F.cross_entropy(outputs, taught.softmax(1))
     return 0.5 * F.mse_loss(outputs, taught)
+
+
+def _are_scores(outputs: Tensor) -> bool:
+    return outputs.dim() == 2 and outputs.shape[1] > 1

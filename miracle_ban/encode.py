@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from . import coders
-from .ban import BayesianAttention, Taught, imitation, mean_network
+from .ban import BayesianAttention, Taught, imitation
 from .bits import NATS_PER_BIT, parse_bytes
 from .block_packing import BlockPacking
 from .container import Archive
@@ -299,8 +299,7 @@ def _in_context(
         if session is not None:
             net.session = replace(session, budget_bytes=None)  # type: ignore[assignment]
         if batches is None:
-            teacher = attention.specialise(model, context, drop=False)
-            batches, loss = Taught(context, mean_network(teacher)), loss or imitation
+            batches, loss = Taught(context, attention.teacher(model, context)), loss or imitation
     return net, batches, loss
 
 

@@ -5,7 +5,8 @@
 
 Trains once with attention; packages the network for everything ("general") and, from unlabelled images alone, for each context
 ("specialised"), at smaller and smaller budgets as long as the error on the context's validation images stays within 0.1 points
-of the general package's. The rival is trained on that context's labelled images alone, budgets chosen by the same rule. Errors are
+of the general package's. The rival is trained on that context's labelled images alone, budgets chosen by the same rule, from 0.8 times
+the specialised package's on. Errors are
 on the context's part of the official test split, among all classes; nothing is chosen on it. Appends one line for each package to
 `recipes/results/ban_contexts.jsonl`, and draws attention, gates and bits in `recipes/results/ban_contexts_TASK.png`.
 """
@@ -34,7 +35,7 @@ from common import RESULTS, Batches, append_result, data_root, error_percent, mn
 from lenet5_mnist import BATCH, DISTORTION, INPUT_MEAN, INPUT_STD, LeNet5, train_float
 
 Data = dict[str, tuple[Tensor, Tensor]]
-STEP = 0.82  # from one budget to the next
+STEPS = {"specialised": 0.7, "rival": 0.8}  # from one budget to the next
 WITHIN = 0.1  # points of error
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -152,22 +153,25 @@ class Experiment:
             append_result("ban_contexts", line)
         print(json.dumps(line), flush=True)
 
-    def smallest(self, kind: str, context: str, bnn: nn.Module | None, target: float) -> Path | None:
-        """The smallest package whose validation error is at most `target`; budgets fall by `STEP` until one fails."""
-        own, best = restricted(self.data, self.contexts[context]), None
-        budget = self.general_bytes * self.args.first_share
-        while budget > 60:
+    def smallest(self, kind: str, context: str, bnn: nn.Module | None, target: float, first: float) -> Path | None:
+        """The smallest package on a ladder of budgets from `first` on, down or up, whose validation error is at most `target`."""
+        own, best, budget = restricted(self.data, self.contexts[context]), None, first
+        step = STEPS[kind]
+        while 60 < budget <= 1.01 * self.general_bytes:
             path = self.package(kind, context, round(budget), bnn)
+            if self.args.smoke:
+                return path
             errors = self.measured(path, own)
             print(f"{kind} {context}: {path.stat().st_size} bytes, validation {errors['validation']:.2f} %", file=sys.stderr, flush=True)
-            if errors["validation"] > target:
-                if best is not None or budget >= self.general_bytes:
+            if errors["validation"] <= target:
+                best = path
+                if budget > first:  # on the way up
                     break
-                budget = min(self.general_bytes, budget / STEP**2)
-                continue
-            best, budget = path, budget * STEP
-            if self.args.smoke:
+                budget *= step
+            elif best is not None:
                 break
+            else:
+                budget /= step
         return best
 
     def run(self) -> None:
@@ -182,13 +186,15 @@ class Experiment:
             own = restricted(self.data, self.contexts[context])
             general = self.measured(general_path, own)
             target = general["validation"] + WITHIN
+            first = self.general_bytes * self.args.first_share
             for kind in ("specialised", "rival")[: 1 if self.args.no_rivals else 2]:
                 bits = kl_bits(ban, bnn, batches_of(own)) if kind == "specialised" else None
-                path = self.smallest(kind, context, bnn, target)
+                path = self.smallest(kind, context, bnn, target, first)
                 if path is None:
                     print(f"{kind} {context}: no budget reaches a validation error of {target:.2f} %", file=sys.stderr)
                 else:
                     self.report(kind, context, path, self.measured(path, own), general, bits)
+                    first = path.stat().st_size / 1.25
         if not self.args.smoke:
             contexts = {name: batches_of(restricted(self.data, self.contexts[name])) for name in self.contexts}
             contexts = {"all": batches_of(self.data), **contexts}
@@ -251,7 +257,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, help="of the one training; default 24 and 20")
     parser.add_argument("--float-epochs", type=int, default=4)
     parser.add_argument("--prototypes", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--refine-steps", type=int, default=40)
     parser.add_argument("--first-share", type=float, default=0.6, help="of the general package's bytes: the first budget that is tried")
     parser.add_argument("--rival-share", type=float, default=0.5, help="training steps of a rival over those of the one training")
@@ -262,7 +268,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps, for the tests")
     args = parser.parse_args()
     if args.smoke:
-        args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 4, 1, 2, 2, 4000
+        args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 25, 1, 2, 40, 4000
     Experiment(args).run()
 
 

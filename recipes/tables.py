@@ -197,12 +197,16 @@ def speed_table() -> str:
 def contexts_table() -> str:
     """Packages of one training for several contexts, beside the general one and rivals; of runs repeated the latest counts."""
     latest = {(v["task"], v["context"], v["kind"], v["seed"]): v for v in read_results("ban_contexts")}
-    rows = ["| context | package | bytes | of the general package | error there, % | error of the general package there, % |", "|" + "---|" * 6]
+    rows = [
+        "| context | package | bytes | of the general package | error there, % | error of the general package there, % |",
+        "|" + "---|" * 6,
+    ]
     for v in latest.values():
         context = f"{v['context']} (not trained on)" if v["unseen"] else v["context"]
         of_rival = latest.get((v["task"], v["context"], "rival", v["seed"])) if v["kind"] == "specialised" else None
         note = f", {v['bytes'] / of_rival['bytes']:.2f} of the rival's" if of_rival else ""
-        rows.append(f"| {v['task']}: {context} | {v['kind']} | {v['bytes']:,}{note} | {v['share']:.2f} | {v['error']:.2f} | {v['general_error']:.2f} |")
+        numbers = f"{v['share']:.2f} | {v['error']:.2f} | {v['general_error']:.2f}"
+        rows.append(f"| {v['task']}: {context} | {v['kind']} | {v['bytes']:,}{note} | {numbers} |")
     return "\n".join(rows)
 
 

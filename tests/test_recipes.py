@@ -111,37 +111,37 @@ def test_coverage_recipe_tries_a_network():
 
 def test_ban_contexts_recipe_packages_one_training_for_several_contexts(tmp_path):
     make_mnist(tmp_path / "data")
-    words = ["--smoke", "--only", "0 1", "3 5 8", "--data", tmp_path / "data", "--work", tmp_path]
+    words = ["--smoke", "--only", "3 5 8", "--data", tmp_path / "data", "--work", tmp_path]
     lines = [json.loads(line) for line in run_recipe("ban_contexts.py", *words).splitlines()]
-    assert {(v["kind"], v["context"]) for v in lines} >= {("general", "all"), ("specialised", "0 1")}
-    for v in lines:
-        assert v["bytes"] <= lines[0]["bytes"] <= 4000
-    for path in tmp_path.glob("digits-specialised-*.mban"):
-        assert path.stat().st_size in {v["bytes"] for v in lines}
+    assert [(v["kind"], v["context"]) for v in lines] == [("general", "all"), ("specialised", "3 5 8"), ("rival", "3 5 8")]
+    sizes = [v["bytes"] for v in lines]
+    assert 3500 < sizes[0] <= 4000
+    assert max(sizes[1:]) <= 0.6 * sizes[0]
+    assert all(v["error"] < 60 for v in lines)  # of three classes among ten: 90 by chance
+    assert len(list(tmp_path.glob("digits-*.mban"))) == 3
 
 
 def test_ban_text_recipe_gives_back_every_byte_in_a_fresh_process(tmp_path):
     folder = tmp_path / "data" / "text" / "made"
     folder.mkdir(parents=True)
     words = [b"attention ", b"is ", b"all ", b"that ", b"context ", b"needs. "]
-    text = b"".join(words[i] for i in np.random.default_rng(0).integers(0, 6, 3000))
-    (folder / "words.txt").write_bytes(text)
-    (folder / "zeros").write_bytes(bytes(40_000))
+    (folder / "words.txt").write_bytes(b"".join(words[i] for i in np.random.default_rng(0).integers(0, 6, 3000)))
+    (folder / "zeros").write_bytes(bytes(35_000))
     (folder / "empty").write_bytes(b"")
-    for attention in ("on", "off"):
-        options = ["--epochs", 2, "--rounds", 2, "--refine-steps", 2, "--memory", 8, "--attention", attention]
-        run_recipe("ban_text.py", "train", "--data", tmp_path / "data", "--work", tmp_path, *options)
-        model = tmp_path / f"ban-text-{attention}.mban"
-        for source in folder.iterdir():
-            run_recipe("ban_text.py", "compress", source, tmp_path / "coded", "--model", model)
-            run_recipe("ban_text.py", "decompress", tmp_path / "coded", tmp_path / "back", "--model", model)
-            assert (tmp_path / "back").read_bytes() == source.read_bytes(), (attention, source.name)
-            if source.name == "words.txt":
-                assert (tmp_path / "coded").stat().st_size < len(text)
-        coded = bytearray((tmp_path / "coded").read_bytes())
-        coded[4] ^= 1
-        (tmp_path / "coded").write_bytes(coded)
-        command = [sys.executable, TOP / "recipes" / "ban_text.py", "decompress", tmp_path / "coded", tmp_path / "back", "--model", model]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert "checksum" in done.stderr
+    options = ["--epochs", 2, "--rounds", 2, "--refine-steps", 2, "--memory", 8]
+    run_recipe("ban_text.py", "train", "--data", tmp_path / "data", "--work", tmp_path, *options)
+    model = ("--model", tmp_path / "ban-text-on.mban")
+    coded, back = tmp_path / "coded", tmp_path / "back"
+    for source in folder.iterdir():
+        run_recipe("ban_text.py", "compress", source, coded, *model)
+        run_recipe("ban_text.py", "decompress", coded, back, *model)
+        assert back.read_bytes() == source.read_bytes(), source.name
+        assert coded.stat().st_size < max(0.8 * len(back.read_bytes()), 20)
+    damaged = bytearray(coded.read_bytes())
+    damaged[4] ^= 1
+    coded.write_bytes(damaged)
+    done = subprocess.run(
+        [sys.executable, TOP / "recipes" / "ban_text.py", "decompress", coded, back, *model], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "checksum" in done.stderr
