@@ -9,10 +9,10 @@ parameters add:
     precision(z)*mean(z) =                  t(z) * evidence precision * evidence mean,         t(z) = gate(z) * sum_m attention_m(z) share_m
 
 Attention moves the evidence between M learned prototypes, groups of training examples; gates, one for each unit, let it shrink.
-A hidden unit's gate is 0 or 1 when used, relaxed in training (hard concrete, Louizos et al. 2018, arXiv 1712.01312): what a context
-does not need falls back to the prior, is silent and costs nothing. The prior never depends on z: a file that was packaged for a
-context needs no context to decode. With one prototype, open gates and importance 1 all is the plain beta-ELBO. Equation numbers
-are the paper's. Leans on `layers` and `convert`.
+A hidden unit's gate is 0 or 1, in training at random with a learned chance (straight-through, Bengio et al. 2013, arXiv
+1308.3432): what a context does not need falls back to the prior, is silent and costs nothing. The prior never depends on z: a file
+that was packaged for a context needs no context to decode. With one prototype, open gates and importance 1 all is the plain
+beta-ELBO. Equation numbers are the paper's. Leans on `layers` and `convert`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Contexts = Callable[[Any], Tensor]  # targets -> bool [n]: which examples of a b
 
 _NEGLIGIBLE = 0.02  # importance under which an example is left out of the forward pass
 _FIRST_SPREAD = 3.0  # of the experts' means over what torch's initialisation gives: z must be heard above its noise
-_OPEN = 1.0  # log odds that the gates start at: further out their gradient vanishes
-_TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1  # of the hard concrete law
+_OPEN = 0.9  # chance of being open that the gates start with
+_BOUNDS = (0.02, 0.98)  # of that chance in training: a gate that never moves cannot be learned
 _RAREST = 1e-4  # of the frequency in training: less is never believed of a class
 _CONTEXT_EXAMPLES = 2048  # of a context are looked at for its z
 
@@ -115,6 +115,21 @@ def correlations(model: nn.Module, loss: Callable, training: tuple[Any, Any], pr
     moved = [g * (2 * law.log_std.detach()).exp() for g, law in zip(ahead, laws, strict=True)]
     each = example_gradients(model, means, loss, *training)
     return torch.stack([(g * m).flatten(1).sum(1) for g, m in zip(each, moved, strict=True)]).sum(0)
+
+
+class _Bounded(torch.autograd.Function):
+    """Clamp to [0, 1]; gradients that lead back inside pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        outwards = ((x >= 1) & (gradient < 0)) | ((x <= 0) & (gradient > 0))
+        return gradient.masked_fill(outwards, 0.0)
 
 
 class _Prototypes(nn.Module):
@@ -209,7 +224,7 @@ class BayesianAttention(nn.Module):
             ).to(device)
             with torch.no_grad():
                 last = self.gate_network[2]
-                last.weight.mul_(0.3)
+                last.weight.mul_(0.1)
                 last.bias.fill_(_OPEN)
         many = self.num_prototypes > 1
         self.shares = nn.ModuleList([_Prototypes(p, self.num_prototypes) for p in held.values()] if many else []).to(device)
@@ -245,15 +260,15 @@ class BayesianAttention(nn.Module):
             return torch.ones(1, device=z.device)
         return importance(self.log_density(self.prototype, z))
 
-    def log_odds(self, z: Tensor) -> dict[str, Tensor]:
+    def chances(self, z: Tensor) -> dict[str, Tensor]:
         """Of each module's units being open, `[units]`."""
         if self.gate_network is None:
             return {}
-        return dict(zip(self.units, self.gate_network(z).split(list(self.units.values())), strict=True))
+        return dict(zip(self.units, _Bounded.apply(self.gate_network(z)).split(list(self.units.values())), strict=True))
 
     def gates(self, z: Tensor) -> dict[str, Tensor]:
         """How open the units of each module are, `[units]`: 0 or 1 for hidden units, in between for others."""
-        return {m: (odds >= 0).float() if m in self.hidden_units else odds.sigmoid() for m, odds in self.log_odds(z).items()}
+        return {m: (c >= 0.5).float() if m in self.hidden_units else c for m, c in self.chances(z).items()}
 
     # --- posteriors given z ---------------------------------------------------------------------------------------------
 
@@ -263,14 +278,14 @@ class BayesianAttention(nn.Module):
         Args:
             model: that this belongs to.
             z: `[latent]`.
-            relaxed: draw the gates of hidden units from the hard concrete law, and count a unit's KL by the chance that it is open.
+            relaxed: draw the gates of hidden units, and count a unit's KL by the chance that it is open.
         """
         gates, chance = self.gates(z), {}
-        for module, odds in self.log_odds(z).items() if relaxed else ():
-            if module in self.hidden_units:
-                noise = torch.rand_like(odds).clamp(1e-6, 1 - 1e-6).logit()
-                gates[module] = (((noise + odds) / _TEMPERATURE).sigmoid() * (_HIGH - _LOW) + _LOW).clamp(0, 1)
-                chance[module] = (odds - _TEMPERATURE * math.log(-_LOW / _HIGH)).sigmoid()
+        if relaxed:
+            chance = self.chances(z)
+            for module in chance.keys() & self.hidden_units:
+                c = chance[module]
+                gates[module] = (torch.rand_like(c) < c.clamp(*_BOUNDS)).float() + c - c.detach()  # gradients pass straight through
         chance = chance or gates
         assert self.shares is not None
         attention, found = self.attention(z), {}
@@ -393,11 +408,11 @@ class BayesianAttention(nn.Module):
             law = laws[name]
             p.mean.copy_(law.mean if law.scale is None else law.mean * law.scale)
             p.log_std.copy_(law.log_std)
-        odds = self.log_odds(z)
-        for link in conversion(net).links if odds and drop else ():
-            keep = torch.nonzero(odds[link.producer] >= 0).squeeze(1)
-            if len(keep) < len(odds[link.producer]):
-                drop_units(net, link, keep if len(keep) else odds[link.producer].argmax()[None])
+        chance = self.chances(z)
+        for link in conversion(net).links if chance and drop else ():
+            keep = torch.nonzero(chance[link.producer] >= 0.5).squeeze(1)
+            if len(keep) < len(chance[link.producer]):
+                drop_units(net, link, keep if len(keep) else chance[link.producer].argmax()[None])
         return net
 
 

@@ -31,7 +31,7 @@ from .plan import carries_names, kl_bits_by_tensor, predicted_index_bits, side_b
 from .structure import Link
 
 Loss = Callable[[Any, Any], Tensor]
-ATTENTION_RATE = 1e-2  # largest learning rate of the attention's own networks
+ATTENTION_RATE = 4e-3  # largest learning rate of the attention's own networks
 LOG_STD_RATE = 5.0  # learning rate of log_std over that of the means
 BLOCK_BITS = 14.0  # KL of one block
 FIRST_BETA = 0.02  # low: the KL is to come down slowly, from above

@@ -24,7 +24,7 @@ from miracle_ban.train import train_step
 
 QUIET = {"progress": False}
 NOISE = 0.7  # standard deviation of the targets of linear regression
-OPEN, SHUT = 40.0, -40.0  # logits of gates
+OPEN, SHUT = 2.0, -1.0  # chances of gates, before they are clamped
 
 
 class Mlp(nn.Module):
@@ -64,12 +64,12 @@ def attached(net: nn.Module, inputs: Tensor, **options) -> tuple[nn.Module, Baye
     return bnn, attention
 
 
-def set_gates(attention: BayesianAttention, logits: dict[str, Tensor | float]) -> None:
+def set_gates(attention: BayesianAttention, chances: dict[str, Tensor | float]) -> None:
     """Gates that are the same for every z."""
     last = attention.gate_network[2]
     with torch.no_grad():
         last.weight.zero_()
-        last.bias.copy_(torch.cat([torch.zeros(n) + logits[name] for name, n in attention.units.items()]))
+        last.bias.copy_(torch.cat([torch.zeros(n) + chances[name] for name, n in attention.units.items()]))
 
 
 def set_free(attention: BayesianAttention) -> None:
@@ -441,7 +441,8 @@ def test_with_uniform_attention_and_open_gates_the_laws_are_the_posteriors(proto
 
 
 @pytest.mark.parametrize(("gated", "prototypes"), [(False, 1), (True, 1), (False, 3), (True, 3)])
-def test_with_importance_one_a_step_is_one_on_the_plain_beta_elbo(gated, prototypes):
+def test_with_importance_one_a_step_is_one_on_the_plain_beta_elbo(gated, prototypes, monkeypatch):
+    monkeypatch.setattr(ban, "_BOUNDS", (0.0, 1.0))  # an open gate is always open
     images, labels = helpers.blobs(24, seed=0)
     bnn, attention = attached(helpers.TinyNet(), images, gated=gated, prototypes=prototypes, contexts=everything, examples_correlated=0)
     set_free(attention)
@@ -477,13 +478,14 @@ def kl_by_tensor(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("relaxed", [False, True])
 @pytest.mark.parametrize("link", LINKS)
-def test_a_hidden_unit_behind_a_shut_gate_costs_nothing_and_is_silent(link, relaxed):
+def test_a_hidden_unit_behind_a_shut_gate_costs_nothing_and_is_silent(link, relaxed, monkeypatch):
+    monkeypatch.setattr(ban, "_BOUNDS", (0.0, 1.0))
     producer, consumer, units, multiplicity = LINKS[link]
     bnn, attention = attached(helpers.TinyNet(), torch.randn(4, 1, 8, 8))
     unit = 3
-    logits = torch.full((units,), OPEN)
-    logits[unit] = SHUT
-    set_gates(attention, {**dict.fromkeys(attention.units, OPEN), producer: logits})
+    chances = torch.full((units,), OPEN)
+    chances[unit] = SHUT
+    set_gates(attention, {**dict.fromkeys(attention.units, OPEN), producer: chances})
     own = kl_by_tensor(bnn)
     attention.condition(bnn, torch.randn(3), relaxed=relaxed)
     given = kl_by_tensor(bnn)
@@ -510,8 +512,8 @@ def test_a_hidden_unit_behind_a_shut_gate_costs_nothing_and_is_silent(link, rela
 
 def test_an_output_behind_a_shut_gate_has_the_priors_law():
     bnn, attention = attached(Mlp(), torch.randn(8, 2))
-    logits = torch.tensor([OPEN, SHUT, OPEN, OPEN])
-    set_gates(attention, {"fc1": OPEN, "fc2": logits})
+    chances = torch.tensor([OPEN, SHUT, OPEN, OPEN])
+    set_gates(attention, {"fc1": OPEN, "fc2": chances})
     attention.condition(bnn, torch.randn(3))
     for name in ("fc2.weight", "fc2.bias"):
         p = posteriors(bnn)[name]
@@ -522,17 +524,17 @@ def test_an_output_behind_a_shut_gate_has_the_priors_law():
         assert torch.allclose(mean[2:], p.mean.detach()[2:], atol=1e-5)
 
 
-LOGITS = (OPEN, 6.0, 3.0, 1.0, 0.0, -1.0, -3.0, -6.0, SHUT)
+CHANCES = (OPEN, 0.95, 0.9, 0.7, 0.5, 0.4, 0.2, 0.05, SHUT)
 
 
 @pytest.mark.parametrize(("module", "relaxed"), [("fc1", True), ("fc1", False), ("fc2", True), ("fc2", False)])
 def test_kl_falls_as_a_gate_closes(module, relaxed):
     bnn, attention = attached(Mlp(), torch.randn(8, 2))
     total, each = [], []
-    for logit in LOGITS:
-        logits = torch.full((attention.units[module],), OPEN)
-        logits[2] = logit
-        set_gates(attention, {"fc1": OPEN, "fc2": OPEN, module: logits})
+    for chance in CHANCES:
+        chances = torch.full((attention.units[module],), OPEN)
+        chances[2] = chance
+        set_gates(attention, {"fc1": OPEN, "fc2": OPEN, module: chances})
         attention.condition(bnn, torch.randn(3), relaxed=relaxed)
         own = kl_by_tensor(bnn)
         rows = [own[f"{module}.weight"][2], own[f"{module}.bias"][2:3], own["fc2.weight"][:, 2] if module == "fc1" else torch.zeros(0)]
@@ -549,7 +551,7 @@ def test_kl_falls_as_a_gate_closes(module, relaxed):
 
 def test_relaxed_gates_are_open_as_often_as_their_kl_counts():
     bnn, attention = attached(Mlp(), torch.randn(8, 2))
-    set_gates(attention, {"fc1": torch.linspace(-3, 3, 16), "fc2": OPEN})
+    set_gates(attention, {"fc1": torch.linspace(0.05, 0.95, 16), "fc2": OPEN})
     n, z = 2000, torch.randn(3)
     with torch.no_grad():
         laws = [attention.laws(bnn, z, relaxed=True) for _ in range(n)]
@@ -681,6 +683,7 @@ def test_specialising_leaves_the_model_alone_and_gives_an_ordinary_one(attentive
 def test_the_mean_network_of_a_specialised_model_is_that_of_the_conditioned_one(prototypes, drop):
     bnn, attention = attached(helpers.TinyNet(), torch.randn(8, 1, 8, 8), prototypes=prototypes)
     set_free(attention)
+    set_gates(attention, {"conv": torch.linspace(0, 1, 8), "fc1": torch.linspace(1, 0, 16), "fc2": 0.7})
     images, context = torch.randn(20, 1, 8, 8), torch.randn(20, 1, 8, 8)
     z = attention.latent_of(context)
     attention.condition(bnn, z)
@@ -700,9 +703,9 @@ def test_the_mean_network_of_a_specialised_model_is_that_of_the_conditioned_one(
 def test_units_under_half_open_gates_are_dropped_but_one():
     bnn, attention = attached(Mlp(), torch.randn(8, 2))
     x = torch.randn(50, 2)
-    set_gates(attention, {"fc1": torch.where(torch.arange(16) < 7, -0.1, 0.1), "fc2": OPEN})
+    set_gates(attention, {"fc1": torch.where(torch.arange(16) < 7, 0.4, 0.6), "fc2": OPEN})
     assert posteriors(attention.specialise(bnn, x))["fc1.bias"].kept == (9,)
-    set_gates(attention, {"fc1": torch.where(torch.arange(16) == 7, -3.0, -4.0), "fc2": OPEN})
+    set_gates(attention, {"fc1": torch.where(torch.arange(16) == 7, 0.3, 0.2), "fc2": OPEN})
     held = posteriors(attention.specialise(bnn, x))
     assert held["fc1.weight"].kept == (1, 2)  # the most open stays
     assert torch.equal(held["fc1.weight"].mean[0], posteriors(bnn)["fc1.weight"].mean[7])
