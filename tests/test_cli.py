@@ -146,3 +146,15 @@ def test_compress_from_inputs_and_from_the_state_dict_alone(folder):
     error = run(folder, "compress", *common, "no.mban", "--model", "mine:net", "--inputs", "mine:nothing", status=1).stderr
     assert "mine:nothing" in error
     assert not (folder / "no.mban").exists()
+
+
+def test_compress_for_a_context(folder):
+    with (folder / "mine.py").open("a") as f:
+        f.write("\n\ndef here():\n    return torch.cat([x[y < 2] for x, y in batches()])\n")
+    common = ["net.safetensors", "--model", "mine:net", "--budget", "150", "--json", "-o"]
+    data = ["--data", "mine:batches", "--epochs", "15"]
+    found = json.loads(run(folder, "compress", *common, "here.mban", *data, "--context", "mine:here").stdout)
+    assert (folder / "here.mban").stat().st_size == found["file_bytes"] <= 150
+    assert found["quality"]["agreement"] > 70  # on the context's inputs
+    error = run(folder, "compress", *common, "no.mban", "--context", "mine:here", status=1).stderr
+    assert "--data" in error
