@@ -6,10 +6,10 @@
     python recipes/ban_text.py table --data ../data                         all files, round trips in fresh processes, result lines
 
 A byte is predicted from those before it. The context is the preceding window; its latent z, the mean of q(z|s), opens and shuts
-the units of the network. In training z is drawn, and the windows that it is trained on are those of the batch that are
-important in its context (equation 12). The weights are trained with beta 1, so that the objective is the length of the model's
-file plus that of the coded data. The prediction is made with integers alone, so that every machine computes the same, and
-coded by a range coder (constriction). `--attention off` is the same network without z.
+the units of the network and moves its last biases. In training z is drawn, and some windows are predicted in the context of another
+one of the batch that they are important in (equation 12). The weights are trained with beta 1, so that the objective is the length
+of the model's file plus that of the coded data. The prediction is made with integers alone, so that every machine computes the
+same, and coded by a range coder (constriction). `--attention off` is the same network without z.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ from miracle_ban.ban import importance
 sys.path.insert(0, str(Path(__file__).parent))
 from common import append_result, data_root
 
-NEAR, FAR = 12, 64  # bytes that the network, and the encoder of z, see
-WIDTH, FAR_WIDTH, LATENT, HIDDEN = 16, 32, 16, (256, 128)
+NEAR = 12  # bytes that the network sees
+SCALES = (16, 64, 256)  # bytes whose frequencies the encoder of z sees
+FAR = max(SCALES)
+WIDTH, FAR_WIDTH, LATENT, HIDDEN = 16, 48, 24, (256, 128)
 BATCH = 1024
 FINE, COARSE = 12, 10  # binary digits after the point: of weights, and of everything else
 SEGMENT = 1 << 15  # bytes; the decoder works on all segments of a file side by side
@@ -59,22 +61,24 @@ class Predictor(nn.Module):
         self.out = nn.Linear(HIDDEN[1], 256)
         self.attention = attention
         if attention:
-            self.far = nn.Embedding(256, FAR_WIDTH)
+            self.far = nn.Linear(len(SCALES) * 256, FAR_WIDTH)
             self.latent = nn.Linear(FAR_WIDTH, LATENT)
             self.gate = nn.Linear(LATENT, sum(HIDDEN))
+            self.tilt = nn.Linear(LATENT, 256)
 
     def seen(self, windows: Tensor) -> Tensor:
-        """What the encoder of z sees, `[n, FAR_WIDTH]`."""
-        return F.relu(self.far(windows).sum(1) / 8)
+        """Features of the windows that z is made of, `[n, FAR_WIDTH]`: from how often each byte occurs at several scales."""
+        often = [torch.zeros(len(windows), 256).scatter_add_(1, w := windows[:, -k:], torch.full(w.shape, 1.0 / k)) for k in SCALES]
+        return F.relu(self.far(torch.cat(often, 1)))
 
     def forward(self, windows: Tensor, z: Tensor | None = None) -> Tensor:
         """See the class; `z` default is the mean of q(z|s)."""
-        gates = (1.0, 1.0)
-        if self.attention:
-            z = self.latent(self.seen(windows)) if z is None else z
-            gates = (self.gate(z) / 4 + 0.5).clamp(0, 1).split(HIDDEN, 1)
-        h = F.relu(self.first(self.near(windows[:, -NEAR:]).flatten(1))) * gates[0]
-        return self.out(F.relu(self.second(h)) * gates[1])
+        h = self.near(windows[:, -NEAR:]).flatten(1)
+        if not self.attention:
+            return self.out(F.relu(self.second(F.relu(self.first(h)))))
+        z = self.latent(self.seen(windows)) if z is None else z
+        gates = (self.gate(z) / 4 + 0.75).clamp(0, 1).split(HIDDEN, 1)
+        return self.out(F.relu(self.second(F.relu(self.first(h)) * gates[0])) * gates[1]) + self.tilt(z)
 
 
 class TextAttention(nn.Module):
@@ -163,11 +167,8 @@ class IntegerPredictor:
     """A `Predictor` with fixed-point weights. All numbers are whole float64s below 2^53, so no sum depends on its order."""
 
     def __init__(self, weights: dict[str, Tensor]):
-        digits = {"near": COARSE, "far": COARSE}
-        self.w = {
-            k: np.floor(v.double().numpy() * (1 << (COARSE if k.endswith("bias") else digits.get(k.split(".")[0], FINE))) + 0.5)
-            for k, v in weights.items()
-        }
+        coarse = {k: k.endswith("bias") or k.startswith("near") for k in weights}
+        self.w = {k: np.floor(v.double().numpy() * (1 << (COARSE if coarse[k] else FINE)) + 0.5) for k, v in weights.items()}
         self.attention = "gate.weight" in self.w
         self.table = _exponentials()
 
@@ -177,14 +178,16 @@ class IntegerPredictor:
     def counts(self, windows: np.ndarray) -> np.ndarray:
         """Whole numbers in proportion to the probabilities of the next byte, each at least 1, `[n, 256]`, of windows `[n, FAR]`."""
         h = self._linear("first", self.w["near.weight"][windows[:, -NEAR:]].reshape(len(windows), -1)).clip(0)
-        gates = None
-        if self.attention:
-            z = self._linear("latent", _halve(self.w["far.weight"][windows].sum(1), 3).clip(0))
-            gates = np.split((_halve(self._linear("gate", z), 2) + (1 << (COARSE - 1))).clip(0, 1 << COARSE), [HIDDEN[0]], 1)
-            h = _halve(h * gates[0], COARSE)
-        h = self._linear("second", h).clip(0)
-        h = h if gates is None else _halve(h * gates[1], COARSE)
-        scores = self._linear("out", h)
+        if not self.attention:
+            scores = self._linear("out", self._linear("second", h).clip(0))
+        else:
+            often = [np.zeros((len(windows), 256)) for _ in SCALES]
+            for table, k in zip(often, SCALES, strict=True):
+                np.add.at(table, (np.arange(len(windows))[:, None], windows[:, -k:]), (1 << COARSE) // k)
+            z = self._linear("latent", self._linear("far", np.concatenate(often, 1)).clip(0))
+            gates = (_halve(self._linear("gate", z), 2) + 3 * (1 << (COARSE - 2))).clip(0, 1 << COARSE)
+            h = self._linear("second", _halve(h * gates[:, : HIDDEN[0]], COARSE)).clip(0)
+            scores = self._linear("out", _halve(h * gates[:, HIDDEN[0] :], COARSE)) + self._linear("tilt", z)
         fall = (scores.max(1, keepdims=True) - scores).clip(0, len(self.table) - 1).astype(np.int64)
         return self.table[fall] + 16.0
 
