@@ -162,6 +162,8 @@ class BayesianAttention(nn.Module):
         gated: gates on units.
         contexts: draws the contexts to train on; default `Subsets()`, random sets of classes.
         hidden: width of the own networks.
+        thrift: power of 1 / the context's share of the examples that its KL is weighted with in training: 0 for one beta everywhere,
+            1 to let a context offer the evidence of its own examples only. More closes more gates, at the general package's cost.
         examples_correlated: training examples of each step for which equation 17 is computed.
         every: steps between such computations.
     """
@@ -178,13 +180,14 @@ class BayesianAttention(nn.Module):
         gated: bool = True,
         contexts: Contexts | None = None,
         hidden: int = 64,
+        thrift: float = 0.0,
         examples_correlated: int = 16,
         every: int = 4,
     ):
         super().__init__()
         if latent < 1 or prototypes < 1:
             raise MiracleError(f"latent and prototypes must be positive, not {latent} and {prototypes}")
-        self.num_prototypes, self.gated, self.contexts = prototypes, gated, contexts or Subsets()
+        self.num_prototypes, self.gated, self.thrift, self.contexts = prototypes, gated, thrift, contexts or Subsets()
         self.examples_correlated, self.every, self.hidden, self.latent = examples_correlated, every, hidden, latent
         self.backbone = copy.deepcopy(features).eval().requires_grad_(False)
         self.expert = nn.Sequential(nn.LazyLinear(hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent))  # mean and log precision
@@ -195,7 +198,7 @@ class BayesianAttention(nn.Module):
         self.gate_network: nn.Sequential | None = None
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.is_general = False  # whether the latest step was on the context of everything
-        self.kl_weight = 1.0  # of the latest step: a context of few examples is little evidence
+        self.kl_weight = 1.0  # of the latest step
 
     # --- the networks ---------------------------------------------------------------------------------------------------
 
@@ -322,8 +325,7 @@ class BayesianAttention(nn.Module):
     # --- training -------------------------------------------------------------------------------------------------------
 
     def losses(self, model: nn.Module, batch: tuple[Any, Any], loss: Callable, num_examples: int) -> tuple[Tensor, Tensor]:
-        """One step: draw a context and its z, leave `model` conditioned on z; `kl_weight` then makes the KL count against the
-        context's own examples, where importance of mean one has them stand for all.
+        """One step: draw a context and its z, leave `model` conditioned on z, and `kl_weight` set.
 
         Returns the importance-weighted loss, mean over the batch (equations 13 and 24), and the terms of z: the bound on the
         context's likelihood, for each of its inputs (equations 15 and 25; of all `num_examples` training inputs the context has as
@@ -336,7 +338,7 @@ class BayesianAttention(nn.Module):
         rows = torch.nonzero(member).squeeze(1)
         if not len(rows):
             raise MiracleError("the context that was drawn has no example in the batch: `contexts` must choose one at least")
-        self.kl_weight = len(member) / len(rows)
+        self.kl_weight = (len(member) / len(rows)) ** self.thrift
         rows = rows[torch.randperm(len(rows), device=rows.device)]
         half = max(1, len(rows) // 2)
         context, ahead = rows[:half], rows[half:] if len(rows) > 1 else rows

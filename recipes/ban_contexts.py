@@ -40,12 +40,12 @@ WITHIN = 0.1  # points of error
 
 TASKS: dict[str, dict[str, Any]] = {
     "digits": {
-        "classes": 10, "budget": 1140, "epochs": 24.0,
+        "classes": 10, "budget": 1140, "epochs": 24.0, "thrift": 0.0,
         "contexts": {"0 1": [0, 1], "3 5 8": [3, 5, 8], "4 7 9": [4, 7, 9]},
         "unseen": {"1 2 6 7": [1, 2, 6, 7], "0 2 8": [0, 2, 8]},
     },
     "domains": {
-        "classes": 20, "budget": 3000, "epochs": 20.0,
+        "classes": 20, "budget": 3000, "epochs": 8.0, "thrift": 1.0,
         "contexts": {"MNIST": list(range(10)), "Fashion-MNIST": list(range(10, 20))}, "unseen": {},
     },
 }  # fmt: skip
@@ -93,7 +93,7 @@ class Experiment:
         bnn = miracle_ban.convert(net)
         checkpoint = self.args.work / f"ban-{self.args.task}-s{self.args.seed}.posteriors"
         torch.manual_seed(self.args.seed)
-        attention = BayesianAttention(net, contexts=subsets, prototypes=self.args.prototypes)
+        attention = BayesianAttention(net, contexts=subsets, prototypes=self.args.prototypes, thrift=self.task["thrift"])
         miracle_ban.fit(
             bnn, batches_of(self.data), F.cross_entropy, budget=self.budget, epochs=self.epochs, coder="trellis",
             attention=attention, seed=self.args.seed, checkpoint=checkpoint,
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--task", choices=tuple(TASKS), default="digits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=int, help="bytes of the general package; default 1,140 and 3,000")
-    parser.add_argument("--epochs", type=float, help="of the one training; default 24 and 20")
+    parser.add_argument("--epochs", type=float, help="of the one training; default 24 and 8")
     parser.add_argument("--float-epochs", type=int, default=4)
     parser.add_argument("--prototypes", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=16)
