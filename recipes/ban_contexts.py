@@ -4,16 +4,17 @@
     python recipes/ban_contexts.py --task domains --data ../data     MNIST and Fashion-MNIST, 20 classes; contexts are the domains
 
 Trains once with attention; packages the network for everything ("general") and, from unlabelled images alone, for each context
-("specialised"), at smaller and smaller budgets as long as the error on the context's validation images stays within 0.1 points
-of the general package's. The rival is trained on that context's labelled images alone, budgets chosen by the same rule, from 0.8 times
-the specialised package's on. Errors are
-on the context's part of the official test split, among all classes; nothing is chosen on it. Appends one line for each package to
-`recipes/results/ban_contexts.jsonl`, and draws attention, gates and bits in `recipes/results/ban_contexts_TASK.png`.
+("specialised"), at smaller and smaller budgets as long as the error on the context's validation images stays within 0.1 points of
+the general package's (or of a file `--plain`, packaged for everything without attention, if that errs less there). The rival is
+trained on that context's labelled images alone, budgets chosen by the same rule, from 0.8 times the specialised package's on.
+Errors are on the context's part of the official test split, among all classes; nothing is chosen on it. Appends one line for each
+package to `recipes/results/ban_contexts.jsonl`, and draws attention, gates and bits in `recipes/results/ban_contexts_TASK.png`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -142,11 +143,14 @@ class Experiment:
     def report(self, kind: str, context: str, path: Path, errors: dict[str, float], general: dict[str, float], bits: float | None) -> None:
         """Append a result line."""
         size = path.stat().st_size
+        net = miracle_ban.load(path, LeNet5(self.task["classes"]))
+        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()
         line = {
             "task": self.args.task, "context": context, "kind": kind, "bytes": size, "error": round(errors["test"], 3),
             "validation_error": round(errors["validation"], 3), "general_error": round(general["test"], 3),
             "general_bytes": self.general_bytes, "share": round(size / self.general_bytes, 3), "unseen": context in self.task["unseen"],
             "kl_bits_at_z": bits, "seed": self.args.seed, "seconds": round(json.loads(path.with_suffix(".json").read_text())["seconds"], 1),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "sha256_weights": digest, "file": path.name,
             "command": f"python recipes/ban_contexts.py --task {self.args.task} --seed {self.args.seed}",
         }  # fmt: skip
         if not self.args.smoke:
@@ -184,7 +188,8 @@ class Experiment:
         names = self.args.only or list(self.contexts)
         for context in names:
             own = restricted(self.data, self.contexts[context])
-            general = self.measured(general_path, own)
+            references = [self.measured(p, own) for p in (general_path, self.args.plain) if p is not None]
+            general = min(references, key=lambda e: e["validation"])
             target = general["validation"] + WITHIN
             first = self.general_bytes * self.args.first_share
             for kind in ("specialised", "rival")[: 1 if self.args.no_rivals else 2]:
@@ -261,6 +266,7 @@ def main() -> None:
     parser.add_argument("--refine-steps", type=int, default=40)
     parser.add_argument("--first-share", type=float, default=0.6, help="of the general package's bytes: the first budget that is tried")
     parser.add_argument("--rival-share", type=float, default=0.5, help="training steps of a rival over those of the one training")
+    parser.add_argument("--plain", type=Path, help="a file packaged for everything without attention, to compare with, too")
     parser.add_argument("--only", nargs="+", help="contexts, default all")
     parser.add_argument("--no-rivals", action="store_true")
     parser.add_argument("--data", help="folder that holds mnist/ and fashion-mnist/; default $MIRACLE_BAN_DATA, else ./data by download")

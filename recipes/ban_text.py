@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import bz2
 import decimal
+import hashlib
 import json
 import lzma
 import struct
@@ -298,6 +299,9 @@ def table(args: argparse.Namespace) -> None:
     for attention in ("off", "on"):
         model_path = args.work / f"ban-text-{attention}.mban"
         model = load_model(model_path)
+        net = miracle_ban.load(model_path, Predictor(attention == "on"))
+        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()
+        card = {"file": model_path.name, "sha256": hashlib.sha256(model_path.read_bytes()).hexdigest(), "sha256_weights": digest}
         for name, text in texts(data_root(args.data)).items():
             started = time.monotonic()
             coded = compress_bytes(text, model)
@@ -310,11 +314,13 @@ def table(args: argparse.Namespace) -> None:
                 subprocess.run(command, check=True)
                 exact = back.read_bytes() == text
             line = {
-                "task": "lossless", "file": name, "attention": attention, "bytes": len(text), "coded_bytes": len(coded),
+                "task": f"lossless compression, attention {attention}", "coded": name, "attention": attention, "bytes": len(text),
+                "coded_bytes": len(coded),
                 "bits_per_byte": round(8 * len(coded) / len(text), 4), "model_bytes": model_path.stat().st_size, "exact": exact,
                 "xz_bytes": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
                 "zstd_bytes": len(zstandard.compress(text, 19)), "bzip2_bytes": len(bz2.compress(text, 9)),
-                "seconds": round(seconds, 1), "decode_seconds": round(time.monotonic() - started, 1),
+                "seconds": round(seconds, 1), "decode_seconds": round(time.monotonic() - started, 1), **card,
+                "seed": 0, "command": f"python recipes/ban_text.py train --attention {attention}",
             }  # fmt: skip
             if not exact:
                 raise SystemExit(f"{name} did not come back as it was")

@@ -212,7 +212,7 @@ def contexts_table() -> str:
 
 def text_table() -> str:
     """Bits per byte of every file with and without attention; the model's file is counted in the totals."""
-    latest = {(v["file"], v["attention"]): v for v in read_results("ban_text")}
+    latest = {(v["coded"], v["attention"]): v for v in read_results("ban_text")}
     rows = ["| file | bytes | attention on | off | saved | xz -9e | zstd -19 | bzip2 -9 |", "|" + "---|" * 8]
     names = list(dict.fromkeys(name for name, _ in latest))
     others = ("xz_bytes", "zstd_bytes", "bzip2_bytes")
@@ -250,6 +250,13 @@ def keep(folder: Path) -> None:
         for v in resnet_runs(depth):
             name = f"resnet{depth}-cifar10-{v['level']}-{v['budget']}.mban"
             _keep(folder, v, name, cards, "top-1 on the first 5,000 test images, percent", v["top1"], ("agreement", "float_top1"))
+    for v in read_results("ban_contexts"):
+        if v["kind"] != "rival":
+            name = f"lenet5-{v['task']}-{v['kind']}-{v['context'].replace(' ', '')}.mban"
+            _keep(folder, v, name, cards, "test error in the context, percent", v["error"], ("context",))
+    for v in read_results("ban_text"):
+        bits = v["bits_per_byte"]
+        _keep(folder, {**v, "bytes": v["model_bytes"]}, v["file"], cards, f"bits per byte of {v['coded']}", bits, ())
     target.write_text(json.dumps([cards[name] for name in sorted(cards)], indent=2) + "\n")
 
 
