@@ -96,7 +96,7 @@ def encode(
     if attention is not None:
         model, batches, loss = _in_context(model, attention, context, batches, loss)
         resumes = checkpoint is not None and Path(checkpoint).exists()
-        if budget is not None and batches is not None and loss is not None and not resumes:
+        if batches is not None and loss is not None and not resumes:
             _come_down(model, batches, loss, budget, rounds * refine_steps // 2, coder=coder, seed=seed, progress=progress)
     session: Session | None = getattr(model, "session", None)
     coder = coders.get(coder) if isinstance(coder, str) else coder
@@ -303,10 +303,28 @@ def _in_context(
     return net, batches, loss
 
 
-def _come_down(model: nn.Module, batches: Iterable, loss: Loss, budget: str | int, steps: int, **options: Any) -> None:
-    """Bring posteriors that ask for more than the budget down to it, before coding starts."""
-    per_epoch = Feed(batches, next(model.parameters()).device).batches_per_epoch
-    fit(model, batches, loss, budget=budget, epochs=steps / per_epoch, narrow_epochs=0.2 * steps / per_epoch, **options)
+def _come_down(
+    model: nn.Module,
+    batches: Iterable,
+    loss: Loss,
+    budget: str | int | None,
+    steps: int,
+    *,
+    coder: str | coders.Coder,
+    seed: int,
+    progress: bool,
+) -> None:
+    """Train posteriors that ask for more than the budget (default the session's) down to it, before coding starts."""
+    session: Session | None = getattr(model, "session", None)
+    if budget is None and session is not None:
+        budget = session.budget_bytes
+    if budget is None:
+        return
+    settled = (coders.get(coder) if isinstance(coder, str) else coder).settled(BLOCK_BITS, 8.0 * parse_bytes(budget))
+    counts = {name: p.mean.numel() for name, p in posteriors(model).items()}
+    if predicted_index_bits(kl_bits_by_tensor(model), counts, settled, BLOCK_BITS) > 8.0 * parse_bytes(budget):
+        epochs = steps / Feed(batches, next(model.parameters()).device).batches_per_epoch
+        fit(model, batches, loss, budget=budget, epochs=epochs, narrow_epochs=0.2 * epochs, coder=coder, **options)
 
 
 def _check_fresh(model: nn.Module) -> None:
