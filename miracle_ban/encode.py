@@ -304,15 +304,7 @@ def _in_context(
 
 
 def _come_down(
-    model: nn.Module,
-    batches: Iterable,
-    loss: Loss,
-    budget: str | int | None,
-    steps: int,
-    *,
-    coder: str | coders.Coder,
-    seed: int,
-    progress: bool,
+    model: nn.Module, batches: Iterable, loss: Loss, budget: str | int | None, steps: int, *, coder: str | coders.Coder, **options: Any
 ) -> None:
     """Train posteriors that ask for more than the budget (default the session's) down to it, before coding starts."""
     session: Session | None = getattr(model, "session", None)
