@@ -118,7 +118,7 @@ class Experiment:
 
     def package(self, kind: str, context: str, budget: int, bnn: nn.Module | None) -> Path:
         """Code one package, unless it is there already."""
-        path = self.args.work / f"{self.args.task}-{kind}-{context.replace(' ', '')}-{budget}-s{self.args.seed}.mban"
+        path = self.args.work / f"{self.args.task}-{kind.replace(', ', '-')}-{context.replace(' ', '')}-{budget}-s{self.args.seed}.mban"
         if path.exists():
             return path
         options: dict[str, Any] = {"coder": "trellis", "seed": self.args.seed, "rounds": self.args.rounds}
@@ -132,8 +132,9 @@ class Experiment:
                 bnn, batches_of(own), F.cross_entropy, budget=budget, epochs=epochs, coder="trellis", seed=self.args.seed,
                 checkpoint=path.with_suffix(".posteriors"),
             )  # fmt: skip
-        if kind == "specialised":
-            archive = miracle_ban.encode(bnn, context=batches_of(own), budget=budget, **options)
+        if kind.startswith("specialised"):
+            labelled = (batches_of(own), F.cross_entropy) if kind == "specialised, labels" else (None, None)
+            archive = miracle_ban.encode(bnn, *labelled, context=batches_of(own), budget=budget, **options)
         else:
             archive = miracle_ban.encode(bnn, batches_of(own), F.cross_entropy, **options)
         miracle_ban.save(archive, path)
@@ -160,7 +161,7 @@ class Experiment:
     def smallest(self, kind: str, context: str, bnn: nn.Module | None, target: float, first: float) -> Path | None:
         """The smallest package on a ladder of budgets from `first` on, down or up, whose validation error is at most `target`."""
         own, best, budget = restricted(self.data, self.contexts[context]), None, first
-        step = STEPS[kind]
+        step = STEPS[kind.partition(",")[0]]
         while 60 < budget <= 1.01 * self.general_bytes:
             path = self.package(kind, context, round(budget), bnn)
             if self.args.smoke:
@@ -192,8 +193,9 @@ class Experiment:
             general = min(references, key=lambda e: e["validation"])
             target = general["validation"] + WITHIN
             first = self.general_bytes * self.args.first_share
-            for kind in ("specialised", "rival")[: 1 if self.args.no_rivals else 2]:
-                bits = kl_bits(ban, bnn, batches_of(own)) if kind == "specialised" else None
+            kinds = ["specialised, labels" if self.args.labels else "specialised", *([] if self.args.no_rivals else ["rival"])]
+            for kind in kinds:
+                bits = kl_bits(ban, bnn, batches_of(own)) if kind != "rival" else None
                 path = self.smallest(kind, context, bnn, target, first)
                 if path is None:
                     print(f"{kind} {context}: no budget reaches a validation error of {target:.2f} %", file=sys.stderr)
@@ -268,6 +270,7 @@ def main() -> None:
     parser.add_argument("--rival-share", type=float, default=0.5, help="training steps of a rival over those of the one training")
     parser.add_argument("--plain", type=Path, help="a file packaged for everything without attention, to compare with, too")
     parser.add_argument("--only", nargs="+", help="contexts, default all")
+    parser.add_argument("--labels", action="store_true", help="package for contexts with the labels of their images, too")
     parser.add_argument("--no-rivals", action="store_true")
     parser.add_argument("--data", help="folder that holds mnist/ and fashion-mnist/; default $MIRACLE_BAN_DATA, else ./data by download")
     parser.add_argument("--work", type=Path, default=Path("work"))

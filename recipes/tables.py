@@ -203,7 +203,7 @@ def contexts_table() -> str:
     ]
     for v in latest.values():
         context = f"{v['context']} (not trained on)" if v["unseen"] else v["context"]
-        of_rival = latest.get((v["task"], v["context"], "rival", v["seed"])) if v["kind"] == "specialised" else None
+        of_rival = latest.get((v["task"], v["context"], "rival", v["seed"])) if v["kind"].startswith("specialised") else None
         note = f", {v['bytes'] / of_rival['bytes']:.2f} of the rival's" if of_rival else ""
         numbers = f"{v['share']:.2f} | {v['error']:.2f} | {v['general_error']:.2f}"
         rows.append(f"| {v['task']}: {context} | {v['kind']} | {v['bytes']:,}{note} | {numbers} |")
@@ -252,7 +252,7 @@ def keep(folder: Path) -> None:
             _keep(folder, v, name, cards, "top-1 on the first 5,000 test images, percent", v["top1"], ("agreement", "float_top1"))
     for v in read_results("ban_contexts"):
         if v["kind"] != "rival":
-            name = f"lenet5-{v['task']}-{v['kind']}-{v['context'].replace(' ', '')}.mban"
+            name = f"lenet5-{v['task']}-{v['kind'].replace(', ', '-')}-{v['context'].replace(' ', '')}.mban"
             _keep(folder, v, name, cards, "test error in the context, percent", v["error"], ("context",))
     for v in read_results("ban_text"):
         bits = v["bits_per_byte"]
