@@ -26,7 +26,7 @@ from miracle_ban.recursion import fit_recursively
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 from common import Batches, data_root, error_percent, mnist
 
-MEAN, STD, IMAGES, EPOCHS = 0.1307, 0.3081, 20_000, 10
+MEAN, STD, IMAGES, EPOCHS = 0.1307, 0.3081, 20_000, 5
 
 
 def run(method: str, seed: int, data: dict) -> dict[str, float | str]:
