@@ -38,6 +38,7 @@ FIRST_BETA = 0.02  # low: the KL is to come down slowly, from above
 LARGEST_START = 8.0  # the descent begins at most at this many times the budget
 SHORT_RUN_RESPONSE = 4.0  # see Steering
 SLOW_GAIN = 0.02  # largest relative change of beta a step
+RARE_GAIN = 0.1  # the same where only one step in five, that on the context of everything, can steer
 LOG_EVERY = 20  # steps
 SILENT_BITS = 3.0  # KL of all weights into, or out of, a hidden unit, under which it is dropped
 
@@ -279,6 +280,8 @@ def fit(
         report = FitReport(budget_bytes, feed.num_examples, steps=max(1, round(epochs * per_epoch)))
         gain = max(SLOW_GAIN, 30.0 / report.steps)  # a short run must be able to cross four decades of beta, too
         response = 0.0 if gain == SLOW_GAIN else SHORT_RUN_RESPONSE  # and so coarse an integral needs damping
+        if attention is not None:
+            gain = max(gain, RARE_GAIN)
         steering = Steering(beta if goal is None else FIRST_BETA, gain=gain, response=response)
         course = _Course(model, feed, loss, coder, block_bits, steering, learning_rate, goal, report.steps,
                          drop=narrow and attention is None, attention=attention)  # fmt: skip
@@ -376,7 +379,8 @@ class _Course:
         predicted = self.bits_per_nat * self.kl_nats
         if self.goal is not None:
             target = _target(step / self.steps, min(self.first, LARGEST_START * self.goal), self.goal)
-            self.beta = self.steering.update(predicted, target)
+            if general:
+                self.beta = self.steering.update(predicted, target)
             if self.drop and (step + 1) % max(1, self.steps // 10) == 0 and step >= 0.3 * self.steps:
                 _drop_silent_units(self.model, self.optimizer)
         self.step += 1

@@ -291,7 +291,8 @@ def main() -> None:
     replace_section(TOP / "README.md", "resnets", resnet_table())
     replace_section(TOP / "README.md", "coders", coder_table())
     replace_section(TOP / "recipes" / "README.md", "coverage", coverage_table())
-    replace_section(TOP / "recipes" / "README.md", "contexts", contexts_table())
+    for page in (TOP, TOP / "recipes"):
+        replace_section(page / "README.md", "contexts", contexts_table())
     replace_section(TOP / "recipes" / "README.md", "text", text_table())
     resnet_plot(TOP / "recipes" / "results" / "resnet_cifar10.png")
     replace_section(TOP / "recipes" / "README.md", "lenet5", lenet_seeds())

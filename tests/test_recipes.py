@@ -117,7 +117,7 @@ def test_ban_contexts_recipe_packages_one_training_for_several_contexts(tmp_path
     sizes = [v["bytes"] for v in lines]
     assert 3500 < sizes[0] <= 4000
     assert max(sizes[1:]) <= 0.6 * sizes[0]
-    assert all(v["error"] < 60 for v in lines)  # of three classes among ten: 90 by chance
+    assert all(v["error"] < 40 for v in lines)  # by chance 90
     assert len(list(tmp_path.glob("digits-*.mban"))) == 3
 
 
