@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -152,7 +153,7 @@ class Experiment:
             "general_bytes": self.general_bytes, "share": round(size / self.general_bytes, 3), "unseen": context in self.task["unseen"],
             "kl_bits_at_z": bits, "seed": self.args.seed, "seconds": round(json.loads(path.with_suffix(".json").read_text())["seconds"], 1),
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "sha256_weights": digest, "file": path.name,
-            "command": f"python recipes/ban_contexts.py --task {self.args.task} --seed {self.args.seed}",
+            "command": f"python recipes/ban_contexts.py {shlex.join(sys.argv[1:])}",
         }  # fmt: skip
         if not self.args.smoke:
             append_result("ban_contexts", line)
