@@ -12,7 +12,7 @@ Attention moves the evidence between M learned prototypes, groups of training ex
 A hidden unit's gate is 0 or 1, in training at random with a learned chance (straight-through, Bengio et al. 2013, arXiv
 1308.3432): what a context does not need falls back to the prior, is silent and costs nothing. The prior never depends on z: a file
 that was packaged for a context needs no context to decode. With one prototype, open gates and importance 1 all is the plain
-beta-ELBO. Equation numbers are the paper's. Leans on `layers` and `convert`.
+beta-ELBO. Equation numbers are the paper's. Leans on `layers`, `convert` and `inputs`.
 """
 
 from __future__ import annotations
@@ -216,7 +216,8 @@ class BayesianAttention(nn.Module):
             sizes = {q.kept[0] for n, q in held.items() if n.rpartition(".")[0] == module and q.kept}
             if p.mean.dim() > 1 and len(sizes) == 1:  # axis 0 of all its tensors counts the same units
                 self.units[module] = p.kept[0]
-        device = self.general.device
+        device = next(model.parameters()).device
+        self.to(device)
         with torch.no_grad():
             self.expert(self.features(inputs))
             last: Any = self.expert[2]
