@@ -111,22 +111,21 @@ def test_coverage_recipe_tries_a_network():
 
 def test_ban_contexts_recipe_packages_one_training_for_several_contexts(tmp_path):
     make_mnist(tmp_path / "data")
-    words = ["--smoke", "--only", "3 5 8", "--data", tmp_path / "data", "--work", tmp_path]
+    words = ["--smoke", "--only", "3 5 8", "--no-rivals", "--data", tmp_path / "data", "--work", tmp_path]
     lines = [json.loads(line) for line in run_recipe("ban_contexts.py", *words).splitlines()]
-    assert [(v["kind"], v["context"]) for v in lines] == [("general", "all"), ("specialised", "3 5 8"), ("rival", "3 5 8")]
+    assert [(v["kind"], v["context"]) for v in lines] == [("general", "all"), ("specialised", "3 5 8")]
     sizes = [v["bytes"] for v in lines]
     assert 3500 < sizes[0] <= 4000
-    assert max(sizes[1:]) <= 0.6 * sizes[0]
+    assert sizes[1] <= 0.6 * sizes[0]
     assert all(v["error"] < 40 for v in lines)  # by chance 90
-    assert len(list(tmp_path.glob("digits-*.mban"))) == 3
+    assert len(list(tmp_path.glob("digits-*.mban"))) == 2
 
 
 def test_ban_text_recipe_gives_back_every_byte_in_a_fresh_process(tmp_path):
     folder = tmp_path / "data" / "text" / "made"
     folder.mkdir(parents=True)
     words = [b"attention ", b"is ", b"all ", b"that ", b"context ", b"needs. "]
-    (folder / "words.txt").write_bytes(b"".join(words[i] for i in np.random.default_rng(0).integers(0, 6, 3000)))
-    (folder / "zeros").write_bytes(bytes(35_000))
+    (folder / "words.txt").write_bytes(b"".join(words[i] for i in np.random.default_rng(0).integers(0, 6, 6000)))
     (folder / "empty").write_bytes(b"")
     options = ["--epochs", 2, "--rounds", 2, "--refine-steps", 2, "--memory", 8]
     run_recipe("ban_text.py", "train", "--data", tmp_path / "data", "--work", tmp_path, *options)
