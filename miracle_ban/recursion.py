@@ -11,6 +11,7 @@ beside AdamW on the beta-ELBO (`train.fit`). Leans on `layers`.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -92,6 +93,6 @@ def fit_recursively(
             optimizer.step([g.square().sum(0) for g in gradients])
             total, count = total + value * len(y), count + len(y)
         history.append(total / count)
-        if not torch.isfinite(torch.tensor(history[-1])):
+        if not math.isfinite(history[-1]):
             raise MiracleError(f"the loss became {history[-1]}: lower prior_std, or check the data for NaN")
     return history

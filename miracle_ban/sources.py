@@ -24,6 +24,7 @@ from .errors import MiracleError
 
 Loss = Callable[[Any, Any], Tensor]
 _WRAPPED_KEYS = ("state_dict", "model_state_dict", "model")
+_COMPARED_BATCHES = 20
 
 
 def load_model(spec: str) -> nn.Module:
@@ -48,9 +49,6 @@ def _torchvision_model(name: str) -> nn.Module:
         raise MiracleError(f"torchvision has no model {name!r}; it has {', '.join(list_models()[:8])} ...")
     unweighted = [p for p in ("weights", "weights_backbone") if p in inspect.signature(get_model_builder(name)).parameters]
     return get_model(name, **dict.fromkeys(unweighted))
-
-
-_COMPARED_BATCHES = 20
 
 
 def load_data(spec: str) -> tuple[Iterable, Loss]:

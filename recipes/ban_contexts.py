@@ -33,7 +33,7 @@ from miracle_ban.bits import NATS_PER_BIT
 from miracle_ban.layers import posteriors
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import RESULTS, Batches, append_result, data_root, error_percent, mnist
+from common import RESULTS, Batches, append_result, data_root, error_percent, mnist, weights_digest
 from lenet5_mnist import BATCH, DISTORTION, INPUT_MEAN, INPUT_STD, LeNet5, train_float
 
 Data = dict[str, tuple[Tensor, Tensor]]
@@ -146,7 +146,7 @@ class Experiment:
         """Append a result line."""
         size = path.stat().st_size
         net = miracle_ban.load(path, LeNet5(self.task["classes"]))
-        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()
+        digest = weights_digest(net)
         line = {
             "task": self.args.task, "context": context, "kind": kind, "bytes": size, "error": round(errors["test"], 3),
             "validation_error": round(errors["validation"], 3), "general_error": round(general["test"], 3),

@@ -39,7 +39,7 @@ import miracle_ban
 from miracle_ban.ban import importance
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import append_result, data_root
+from common import append_result, data_root, weights_digest
 
 NEAR = 12  # bytes that the network sees
 SCALES = (16, 64, 256)  # bytes whose frequencies the encoder of z sees
@@ -300,7 +300,7 @@ def table(args: argparse.Namespace) -> None:
         model_path = args.work / f"ban-text-{attention}.mban"
         model = load_model(model_path)
         net = miracle_ban.load(model_path, Predictor(attention == "on"))
-        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()
+        digest = weights_digest(net)
         card = {"file": model_path.name, "sha256": hashlib.sha256(model_path.read_bytes()).hexdigest(), "sha256_weights": digest}
         for name, text in texts(data_root(args.data)).items():
             started = time.monotonic()

@@ -1,8 +1,9 @@
-"""What the recipes share: reading data sets, batches with light augmentation, errors, result lines."""
+"""What the recipes share: reading data sets, batches with light augmentation, errors, digests, result lines."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import lzma
 import math
@@ -137,6 +138,11 @@ def error_percent(model: nn.Module, images: Tensor, labels: Tensor, *, mean: flo
     model.eval()
     wrong = sum(int((model((x - mean) / std).argmax(1) != y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True))
     return 100.0 * wrong / len(labels)
+
+
+def weights_digest(net: nn.Module) -> str:
+    """SHA-256 over all float32 weights, in state-dict order."""
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()
 
 
 def append_result(recipe: str, line: dict) -> None:

@@ -27,7 +27,7 @@ from miracle_ban.bits import parse_bytes
 from miracle_ban.layers import use_mode
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Batches, append_result, data_root, error_percent, mnist
+from common import Batches, append_result, data_root, error_percent, mnist, weights_digest
 
 INPUT_MEAN, INPUT_STD = 0.1307, 0.3081
 DISTORTION = 0.7
@@ -75,7 +75,7 @@ def train_float(batches: Batches, *, epochs: int, seed: int, path: Path, classes
 def decoded_error(path: Path, data: dict[str, tuple[Tensor, Tensor]], part: str) -> tuple[float, str]:
     """Decode a file into a fresh LeNet-5: test error in percent, and the SHA-256 over all weights."""
     net = miracle_ban.load(path, LeNet5())
-    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()
+    digest = weights_digest(net)
     return error_percent(net, *data[part], mean=INPUT_MEAN, std=INPUT_STD), digest
 
 

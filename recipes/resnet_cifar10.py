@@ -33,7 +33,7 @@ import miracle_ban.coders
 from miracle_ban.bits import parse_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import append_result, cifar10, data_root
+from common import append_result, cifar10, data_root, weights_digest
 
 INPUT_MEAN, INPUT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, PAD = 128, 4
@@ -144,7 +144,7 @@ def measured(path: Path, depth: int, root: Path, part: str) -> dict[str, object]
     """Decode a file into a fresh network: top-1 and agreement with the float network in percent, SHA-256 of all weights."""
     images, labels = cifar10(root)[part]
     net = miracle_ban.load(path, ResNet(depth))
-    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()
+    digest = weights_digest(net)
     own, teacher = (scores(n, images).argmax(1) for n in (net, float_network(depth, root)))
     percent = {"top1": own == labels, "agreement": own == teacher, "float_top1": teacher == labels}
     return {**{k: round(100.0 * float(v.float().mean()), 2) for k, v in percent.items()}, "sha256_weights": digest}

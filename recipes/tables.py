@@ -254,9 +254,12 @@ def keep(folder: Path) -> None:
         if v["kind"] != "rival":
             name = f"lenet5-{v['task']}-{v['kind'].replace(', ', '-')}-{v['context'].replace(' ', '')}.mban"
             _keep(folder, v, name, cards, "test error in the context, percent", v["error"], ("context",))
-    for v in read_results("ban_text"):
-        bits = v["bits_per_byte"]
-        _keep(folder, {**v, "bytes": v["model_bytes"]}, v["file"], cards, f"bits per byte of {v['coded']}", bits, ())
+    texts = {(v["attention"], v["coded"]): v for v in read_results("ban_text")}
+    for attention in dict.fromkeys(a for a, _ in texts):
+        own = [v for (a, _), v in texts.items() if a == attention]
+        bits = round(8 * sum(v["coded_bytes"] for v in own) / sum(v["bytes"] for v in own), 4)
+        model = {**own[-1], "bytes": own[-1]["model_bytes"]}
+        _keep(folder, model, model["file"], cards, "bits per byte of all files coded, without this one", bits, ())
     target.write_text(json.dumps([cards[name] for name in sorted(cards)], indent=2) + "\n")
 
 
