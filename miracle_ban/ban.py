@@ -287,7 +287,7 @@ class BayesianAttention(nn.Module):
         gates, chance = self.gates(z), {}
         if relaxed:
             chance = self.chances(z)
-            for module in chance.keys() & self.hidden_units:
+            for module in (m for m in chance if m in self.hidden_units):  # in their order: the draws follow from the seed
                 c = chance[module]
                 gates[module] = (torch.rand_like(c) < c.clamp(*_BOUNDS)).float() + c - c.detach()  # gradients pass straight through
         chance = chance or gates

@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps, for the tests")
     args = parser.parse_args()
     if args.smoke:
-        args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 20, 1, 2, 30, 4000
+        args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 25, 1, 2, 30, 4000
     Experiment(args).run()
 
 
