@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import MismatchError, UnsupportedModelError
 from .layers import LOCAL_CLASSES, Posterior, drawing_class, hold_in_eval, posteriors
-from .structure import Link, Structure, trace
+from .structure import Link, Structure, is_frozen_norm, trace
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ def convert(
     net = copy.deepcopy(model)
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in net.parameters()):
         net = net.float()  # 16 bits are too few to train in; the file still says, and gives back, the original dtype
+    if fold:
+        _thaw_norms(net)
     held = [name for name, _ in _norms_with_statistics(net)] if fold else []
     constants = _fold_norms(net, structure) if fold else {}
     aliases = _aliases(net)
@@ -297,12 +299,19 @@ def _fold_norms(net: nn.Module, structure: Structure) -> dict[str, int]:
         else:
             norm.weight.copy_(full)
         norm.bias.copy_(shift)
-        norm.running_mean.zero_()
-        norm.running_var.fill_(1.0)
-        norm.num_batches_tracked.zero_()
         for own, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
-            constants[f"{norm_name}.{own}"] = value
+            if own in norm._buffers:
+                norm._buffers[own].fill_(value)
+                constants[f"{norm_name}.{own}"] = value
     return constants
+
+
+def _thaw_norms(net: nn.Module) -> None:
+    """Make the weight and bias of each FrozenBatchNorm2d parameters, so that they are folded and coded like those of any norm."""
+    for norm in net.modules():
+        if is_frozen_norm(norm):
+            for own in ("weight", "bias"):
+                setattr(norm, own, nn.Parameter(norm._buffers.pop(own)))  # type: ignore[arg-type]
 
 
 def _norms_with_statistics(net: nn.Module) -> list[tuple[str, Any]]:
@@ -315,7 +324,7 @@ def _norms_with_statistics(net: nn.Module) -> list[tuple[str, Any]]:
     return [
         (name, m)
         for name, m in net.named_modules()
-        if type(m) in kinds and m.track_running_stats and m.affine and m.num_batches_tracked is not None
+        if (is_frozen_norm(m) or (type(m) in kinds and m.track_running_stats and m.affine and m.num_batches_tracked is not None))
         and all(tensors[id(t)] == 1 for t in (m.weight, m.bias, m.running_mean, m.running_var))
     ]  # fmt: skip
 

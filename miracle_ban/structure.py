@@ -39,6 +39,19 @@ _FOLDABLE: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
 }
 
 
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether this is the FrozenBatchNorm2d of torchvision, or one of the copies of it that detection libraries carry.
+
+    All its tensors are buffers, and it is no class of torch's own.
+    """
+    return type(module).__name__ == "FrozenBatchNorm2d" and {"running_mean", "running_var"} <= module._buffers.keys()
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_frozen_norm(m) or super().is_leaf_module(m, module_qualified_name)
+
+
 @dataclass(frozen=True)
 class Link:
     """The output units of module `producer` are read by module `consumer` alone, `multiplicity` inputs for each."""
@@ -63,7 +76,7 @@ def trace(model: nn.Module) -> Structure:
 
 def _trace(model: nn.Module, shared: set[str]) -> Structure:
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception:  # the tracer runs the user's forward and may fail in any way at all
         return _trace_children(model, shared)
     modules = dict(model.named_modules())
@@ -125,6 +138,8 @@ def _asks_batch_size(node: fx.Node) -> bool:
 def _folds(node: fx.Node, layer: nn.Module, modules: dict[str, nn.Module], norm_name: str) -> bool:
     """Whether the norm acts on the layer's output units, each alone, with fixed statistics."""
     norm = modules[norm_name]
+    if is_frozen_norm(norm):
+        return isinstance(layer, nn.Conv2d) and len(norm.get_buffer("running_var")) == len(_weight(layer))
     if not isinstance(layer, _FOLDABLE.get(type(norm), ())):
         return False
     if isinstance(layer, nn.Linear) and not _is_matrix(node.args[0], modules):

@@ -3,7 +3,7 @@
     python recipes/coverage.py                  all, each in its own process, smallest first; hours
     python recipes/coverage.py resnet50 lstm    only these
 
-Weights are random, at one bit each, so sizes say nothing about accuracy; what is checked is that every tensor of the fresh
+Weights are random, at one bit each but at most a million bits in all, so sizes say nothing about accuracy; what is checked is that every tensor of the fresh
 instance is what the file says, that raw buffers are restored to the bit, that no class of the plug-in is left, and that outputs
 are finite. Appends one line for each to `recipes/results/coverage.jsonl`, which `recipes/tables.py` turns into the list in
 `recipes/README.md`.
@@ -33,7 +33,7 @@ from miracle_ban.reconstruct import Reconstruction
 sys.path.insert(0, str(Path(__file__).parent))
 from common import append_result
 
-BITS_PER_WEIGHT = 1.0
+BITS_PER_WEIGHT, LARGEST_BITS = 1.0, 1e6
 SIDE = {"inception_v3": 299}
 
 
@@ -105,7 +105,7 @@ def check(name: str) -> dict[str, object]:
     converted = time.monotonic() - started
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     started = time.monotonic()
-    Reconstruction(bnn, []).allocate(BITS_PER_WEIGHT * weights)
+    Reconstruction(bnn, []).allocate(min(BITS_PER_WEIGHT * weights, LARGEST_BITS))
     archive = miracle_ban.encode(bnn, coder=coders.get("trellis", memory=8), progress=False)
     encoded = time.monotonic() - started
     with use_mode(bnn, "mean"), torch.no_grad():

@@ -6,6 +6,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -416,3 +417,27 @@ def test_tied_tensors_of_a_state_dict_are_stored_once():
     tied = torch.randn(30, 20)
     kinds = {e.name: e.kind for e in conversion(convert(as_module({"a.weight": tied, "b.weight": tied}))).entries}
     assert kinds == {"a.weight": "coded", "b.weight": "alias"}
+
+
+def test_frozen_norms_of_detection_networks_are_folded_and_coded():
+    torch.manual_seed(0)
+    norm = torchvision.ops.FrozenBatchNorm2d
+    net = nn.Sequential(
+        norm(2), nn.Conv2d(2, 4, 3, bias=False), norm(4), nn.ReLU(), nn.Conv2d(4, 3, 3), norm(3, eps=0.1), nn.Flatten(), nn.Linear(48, 2)
+    )
+    for m in net.modules():
+        if isinstance(m, norm):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 3.0)
+            m.weight.normal_()
+            m.bias.normal_()
+    x = torch.randn(5, 2, 8, 8)
+    bnn = convert(net)
+    assert not conversion(bnn).of_kind("raw")
+    assert conversion(bnn).folded == (("1", "2"), ("4", "5"))
+    assert torch.allclose(helpers.outputs_of(net(x)), mean_outputs(bnn, (x,)), atol=1e-4)
+    state = miracle_ban.decode(miracle_ban.encode(bnn, progress=False), net)
+    fresh = copy.deepcopy(net)
+    fresh.load_state_dict(state)
+    assert fresh[2].running_var.eq(1).all()
+    assert torch.allclose(helpers.outputs_of(fresh(x)), mean_outputs(bnn, (x,)), atol=1e-4)
