@@ -199,6 +199,7 @@ class BayesianAttention(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.is_general = False  # whether the latest step was on the context of everything
         self.kl_weight = 1.0  # of the latest step
+        self.z = self.general  # of the latest step
 
     # --- the networks ---------------------------------------------------------------------------------------------------
 
@@ -346,6 +347,7 @@ class BayesianAttention(nn.Module):
         seen, precision = self.experts(self.features(inputs))
         mean, std = product_of_experts(seen[context], precision[context])
         z = mean + std * torch.randn_like(std)
+        self.z = z.detach()
         log_rho = self.log_density(seen, z).log_softmax(0) + math.log(len(member))
         kl_z = 0.5 * (mean.square() + std.square() - 1.0).sum() - std.log().sum()
         extra = kl_z / (len(rows) / len(member) * num_examples) - log_rho[ahead].mean()
@@ -362,6 +364,12 @@ class BayesianAttention(nn.Module):
         outputs, own = model(inputs[kept]), targets[kept]
         each = torch.func.vmap(lambda o, t: loss(o[None], t[None]))(outputs, own)
         return (rho.detach()[kept] * each).sum() / len(member), extra
+
+    @torch.no_grad()
+    def kl_nats(self, model: nn.Module) -> float:
+        """KL at the latest step's z, with each hidden unit's gate open or closed as it is in use: what a package has to pay for."""
+        self.condition(model, self.z)
+        return float(sum(p.kl() for p in posteriors(model).values()))
 
     @torch.no_grad()
     def settle(self, model: nn.Module, batches: Iterable[Any]) -> None:

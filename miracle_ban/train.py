@@ -369,13 +369,12 @@ class _Course:
             attention=self.attention,
         )  # fmt: skip
         general = self.attention is None or self.attention.is_general  # the budget is that of the context of everything
-        kl_nats = sum(by_tensor.values())
         self.schedule.step()
         self.running = value if step == 0 else 0.98 * self.running + 0.02 * value
         if step % LOG_EVERY == 0:
             self.forecast()
         if general:
-            self.kl_nats = kl_nats
+            self.kl_nats = sum(by_tensor.values()) if self.attention is None else self.attention.kl_nats(self.model)
         predicted = self.bits_per_nat * self.kl_nats
         if self.goal is not None:
             target = _target(step / self.steps, min(self.first, LARGEST_START * self.goal), self.goal)
