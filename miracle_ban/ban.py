@@ -12,14 +12,15 @@ Attention moves the evidence between M learned prototypes, groups of training ex
 A hidden unit's gate is 0 or 1, in training at random with a learned chance (straight-through, Bengio et al. 2013, arXiv
 1308.3432): what a context does not need falls back to the prior, is silent and costs nothing. The prior never depends on z: a file
 that was packaged for a context needs no context to decode. With one prototype, open gates and importance 1 all is the plain
-beta-ELBO. Equation numbers are the paper's. Leans on `layers`, `convert` and `inputs`.
+beta-ELBO. Equation numbers are the paper's. Leans on `layers`, `convert`, `inputs`
+and `teaching`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from .convert import conversion, drop_units
 from .errors import MiracleError, MismatchError
 from .inputs import batches_of
 from .layers import Law, Posterior, example_gradients, loss_at, posteriors, use_mode
+from .teaching import are_scores, class_shift, mean_network
 
 Contexts = Callable[[Any], Tensor]  # targets -> bool [n]: which examples of a batch belong to the context that was drawn
 
@@ -37,7 +39,6 @@ _NEGLIGIBLE = 0.02  # importance under which an example is left out of the forwa
 _FIRST_SPREAD = 3.0  # of the experts' means over what torch's initialisation gives: z must be heard above its noise
 _OPEN = 0.9  # chance of being open that the gates start with
 _BOUNDS = (0.02, 0.98)  # of that chance in training: a gate that never moves cannot be learned
-_RAREST = 1e-4  # of the frequency in training: less is never believed of a class
 _CONTEXT_EXAMPLES = 2048  # of a context are looked at for its z
 
 
@@ -391,7 +392,7 @@ class BayesianAttention(nn.Module):
         """Outputs at the mean of z and of the weights in a context; class scores are corrected by the classes' frequency in it."""
         run = mean_network(self.specialise(model, context, drop=False))
         outputs = torch.cat([run(b.to(self.general.device)) for b in batches_of(context, _CONTEXT_EXAMPLES)])
-        shift = class_shift(outputs) if _are_scores(outputs) else torch.zeros((), device=outputs.device)
+        shift = class_shift(outputs) if are_scores(outputs) else torch.zeros((), device=outputs.device)
         return lambda inputs: run(inputs) + shift
 
     @torch.no_grad()
@@ -440,70 +441,3 @@ def detached_copy(model: nn.Module) -> nn.Module:
             p.conditional = law
         if attention is not None:
             model.__dict__["bayesian_attention"] = attention
-
-
-def class_shift(outputs: Tensor, rounds: int = 100) -> Tensor:
-    """Log of how much more frequent each class is among unlabelled inputs than in training, `[C]`, from class scores `[n, C]`.
-
-    By expectation maximisation (Saerens, Latinne and Decaestecker 2002, Neural Computation 14(1), equation 2.7), training classes
-    taken as equally frequent. Added to the scores it makes them those of a network that knows what occurs here.
-    """
-    probability = outputs.double().softmax(1)
-    weight = torch.ones(outputs.shape[1], dtype=torch.float64, device=outputs.device)
-    for _ in range(rounds):
-        own = weight * probability
-        weight = outputs.shape[1] * (own / own.sum(1, keepdim=True)).mean(0)
-    return weight.clamp_min(_RAREST).log().to(outputs.dtype)
-
-
-def mean_network(model: nn.Module) -> Callable[[Any], Tensor]:
-    """The function that a converted model computes with its posterior means."""
-
-    def run(inputs: Any) -> Tensor:
-        with use_mode(model, "mean"), torch.no_grad():
-            return model(inputs)
-
-    return run
-
-
-class Taught:
-    """Unlabelled inputs with a teacher's outputs as targets, batch by batch: (inputs, outputs).
-
-    Args:
-        inputs: a tensor of inputs (then shuffled batches), or batches of them that can be iterated again; labels are ignored.
-        teacher: inputs -> outputs.
-        batch_size: of a tensor's batches.
-    """
-
-    def __init__(self, inputs: Any, teacher: Callable[[Any], Tensor], batch_size: int = 250):
-        self.inputs, self.teacher, self.batch_size = inputs, teacher, batch_size
-        if isinstance(inputs, Tensor):
-            self.num_examples = len(inputs)
-        else:
-            given = getattr(inputs, "num_examples", None) or (len(inputs.dataset) if hasattr(inputs, "dataset") else None)
-            self.num_examples = given or sum(len(b[0] if isinstance(b, (tuple, list)) else b) for b in inputs)
-
-    def __len__(self) -> int:
-        return -(-self.num_examples // self.batch_size) if isinstance(self.inputs, Tensor) else len(self.inputs)
-
-    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        if isinstance(self.inputs, Tensor):
-            order = torch.randperm(len(self.inputs))
-            batches: Iterable[Any] = (self.inputs[rows] for rows in order.split(self.batch_size))
-        else:
-            batches = (b[0] if isinstance(b, (tuple, list)) else b for b in self.inputs)
-        for x in batches:
-            with torch.no_grad():
-                taught = self.teacher(x)
-            yield x, taught
-
-
-def imitation(outputs: Tensor, taught: Tensor) -> Tensor:
-    """Loss of imitating a teacher, nats: cross-entropy between class probabilities; half the squared error of other outputs."""
-    if _are_scores(outputs):
-        return F.cross_entropy(outputs, taught.softmax(1))
-    return 0.5 * F.mse_loss(outputs, taught)
-
-
-def _are_scores(outputs: Tensor) -> bool:
-    return outputs.dim() == 2 and outputs.shape[1] > 1

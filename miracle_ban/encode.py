@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from . import coders
-from .ban import BayesianAttention, Taught, imitation
+from .ban import BayesianAttention
 from .bits import NATS_PER_BIT, parse_bytes
 from .block_packing import BlockPacking
 from .container import Archive
@@ -33,6 +33,7 @@ from .objective import Steering
 from .packing import Goal, Packing
 from .plan import carries_names, freeze_priors, kl_bits_by_tensor, predicted_index_bits, side_bits, skeleton
 from .reconstruct import Reconstruction
+from .teaching import Taught, imitation
 from .train import BLOCK_BITS, LOG_STD_RATE, Feed, Loss, Session, fit, index_budget_bits, make_optimizer, seeded, train_step
 from .trellis_packing import TrellisPacking
 
@@ -77,7 +78,7 @@ def encode(
         num_examples: N; default the length of the data set.
         context: for a model that was trained with attention: inputs of the context to package it for, a tensor or batches (labels
             are ignored); without `batches` the weights are refined on them, the posterior mean in that context being the teacher
-            (`loss` of its outputs, default `ban.imitation`). The default budget is then what the KL in that context asks for.
+            (`loss` of its outputs, default `teaching.imitation`). The default budget is then what the KL in that context asks for.
         reconstruction: for the trellis: sets each layer's posterior when its turn comes, instead of refinement; rounds are layers then.
         checkpoint: file that keeps the state after every round; if it exists, packaging resumes from it.
         progress: show a progress bar on stderr.

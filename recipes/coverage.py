@@ -3,10 +3,10 @@
     python recipes/coverage.py                  all, each in its own process, smallest first; hours
     python recipes/coverage.py resnet50 lstm    only these
 
-Weights are random, at one bit each but at most a million bits in all, so sizes say nothing about accuracy; what is checked is that every tensor of the fresh
-instance is what the file says, that raw buffers are restored to the bit, that no class of the plug-in is left, and that outputs
-are finite. Appends one line for each to `recipes/results/coverage.jsonl`, which `recipes/tables.py` turns into the list in
-`recipes/README.md`.
+Weights are random, at one bit each but at most a million bits in all, so sizes say nothing about accuracy; what is checked is that
+every tensor of the fresh instance is what the file says, that raw buffers are restored to the bit, that no class of the plug-in is
+left, and that outputs are finite. Appends one line for each to `recipes/results/coverage.jsonl`, which `recipes/tables.py` turns
+into the list in `recipes/README.md`.
 """
 
 from __future__ import annotations

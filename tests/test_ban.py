@@ -16,10 +16,11 @@ from scipy import stats
 from torch import Tensor, distributions, nn
 
 from miracle_ban import BayesianAttention, ban, convert, decode, encode, fit, kl, load, save
-from miracle_ban.ban import Subsets, Taught, add_evidence, correlations, imitation, importance, mean_network, product_of_experts
+from miracle_ban.ban import Subsets, add_evidence, correlations, importance, product_of_experts
 from miracle_ban.convert import conversion, drop_units
 from miracle_ban.errors import MiracleError, MismatchError
 from miracle_ban.layers import Law, posteriors, use_mode
+from miracle_ban.teaching import Taught, imitation, mean_network
 from miracle_ban.train import train_step
 
 QUIET = {"progress": False}
