@@ -8,7 +8,7 @@ import json
 import lzma
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +130,34 @@ class Batches:
         row1 = torch.stack([sin, scale_y * cos, shift[:, 1]], 1)
         grid = F.affine_grid(torch.stack([row0, row1], 1), list(x.shape), align_corners=False)
         return F.grid_sample(x - self.blank, grid, align_corners=False) + self.blank
+
+
+class Scored:
+    """Batches whose targets come with a teacher's class scores: (inputs, (labels, scores `[n, classes]`))."""
+
+    def __init__(self, batches: Sized, teacher: nn.Module):
+        self.batches, self.teacher = batches, teacher.eval()
+        self.num_examples: int = batches.num_examples  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+        for inputs, labels in self.batches:  # type: ignore[attr-defined]
+            with torch.no_grad():
+                scores = self.teacher(inputs).float()
+            yield inputs, (labels, scores)
+
+
+def distilled(share: float) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]:
+    """Loss: `share` of it the cross-entropy to a teacher's probabilities (Hinton et al. 2015), the rest that to the labels, nats."""
+
+    def loss(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        labels, scores = targets
+        outputs = outputs.float()
+        return (1 - share) * F.cross_entropy(outputs, labels) + share * F.cross_entropy(outputs, scores.softmax(1))
+
+    return loss
 
 
 @torch.no_grad()

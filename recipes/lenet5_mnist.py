@@ -27,7 +27,7 @@ from miracle_ban.bits import parse_bytes
 from miracle_ban.layers import use_mode
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Batches, append_result, data_root, error_percent, mnist, weights_digest
+from common import Batches, Scored, append_result, data_root, distilled, error_percent, mnist, weights_digest
 
 INPUT_MEAN, INPUT_STD = 0.1307, 0.3081
 DISTORTION = 0.7
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=40, help="of training the posteriors")
     parser.add_argument("--weights-per-bit", type=float, default=1.5, help="live weights for each bit of the budget")
     parser.add_argument("--float-epochs", type=int, default=6)
+    parser.add_argument("--distil", type=float, default=0.0, help="share of the loss that is distillation from the float network")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--refine-steps", type=int, default=60)
     parser.add_argument("--data", help="folder that holds mnist/; default $MIRACLE_BAN_DATA, else ./data by download")
@@ -107,7 +108,10 @@ def main() -> None:
         args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 20, 1, 3, 2, "4 kB"
     batches = Batches(*data["train"], size=BATCH, mean=INPUT_MEAN, std=INPUT_STD, distortion=DISTORTION)
     args.work.mkdir(parents=True, exist_ok=True)
-    posteriors = args.work / f"lenet5-mnist-{parse_bytes(args.budget)}-s{args.seed}-{args.epochs:g}-{args.weights_per_bit:g}.posteriors"
+    posteriors = (
+        args.work
+        / f"lenet5-mnist-{parse_bytes(args.budget)}-s{args.seed}-{args.epochs:g}-{args.weights_per_bit:g}-{args.distil:g}.posteriors"
+    )
     output = args.output or args.work / f"lenet5-mnist-{parse_bytes(args.budget)}-s{args.seed}.mban"
 
     started = time.monotonic()
@@ -116,11 +120,12 @@ def main() -> None:
     float_error = error_percent(net, *data["test"], mean=INPUT_MEAN, std=INPUT_STD)
 
     bnn = miracle_ban.convert(net)
+    examples, loss = (Scored(batches, net), distilled(args.distil)) if args.distil else (batches, F.cross_entropy)
     started = time.monotonic()
     report = miracle_ban.fit(
         bnn,
-        batches,
-        F.cross_entropy,
+        examples,
+        loss,
         budget=args.budget,
         epochs=args.epochs,
         coder=args.coder,
@@ -134,8 +139,8 @@ def main() -> None:
         return
     archive = miracle_ban.encode(
         bnn,
-        batches,
-        F.cross_entropy,
+        examples,
+        loss,
         coder=args.coder,
         seed=args.seed,
         rounds=args.rounds,
@@ -158,6 +163,7 @@ def main() -> None:
     line = {
         "task": "LeNet-5 on MNIST", "bytes": size, "error": checked["error"], "validation_error": round(validation_error, 3),
         "float_error": float_error, "budget": report.budget_bytes, "seed": args.seed, "coder": args.coder, "epochs": args.epochs,
+        "distil": args.distil,
         "seconds": {k: round(v, 1) for k, v in seconds.items()}, "widths": report.widths, "live_weights": report.live_weights,
         "fit_beta": report.beta, "fit_kl_bits": report.kl_bits_by_tensor, "blocks": info["blocks"], "side_bits": info["side_bits"],
         "kl_bits_per_block": info["kl_bits_per_block"], "codeword_bits_per_block": info["codeword_bits_per_block"],
@@ -165,7 +171,8 @@ def main() -> None:
         "sha256": hashlib.sha256(output.read_bytes()).hexdigest(), "sha256_weights": digest, "file": output.name,
         "input_mean": INPUT_MEAN, "input_std": INPUT_STD,
         "command": f"python recipes/lenet5_mnist.py --budget {args.budget} --seed {args.seed} --epochs {args.epochs:g} "
-        f"--weights-per-bit {args.weights_per_bit:g} --rounds {args.rounds} --refine-steps {args.refine_steps} --coder {args.coder}",
+        f"--weights-per-bit {args.weights_per_bit:g} --rounds {args.rounds} --refine-steps {args.refine_steps} --coder {args.coder} "
+        f"--float-epochs {args.float_epochs} --distil {args.distil:g}",
     }  # fmt: skip
     if not args.smoke:
         append_result("lenet5_mnist", line)

@@ -33,7 +33,7 @@ import miracle_ban.coders
 from miracle_ban.bits import parse_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import append_result, cifar10, data_root, weights_digest
+from common import Scored, append_result, cifar10, data_root, distilled, weights_digest
 
 INPUT_MEAN, INPUT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, PAD = 128, 4
@@ -106,31 +106,21 @@ def normalised(images: Tensor) -> Tensor:
 
 
 class Augmented:
-    """Shuffled batches, flipped and cropped at random: (inputs, (labels, scores of the float network))."""
+    """Shuffled batches (inputs, labels), flipped and cropped at random."""
 
-    def __init__(self, images: Tensor, labels: Tensor, teacher: nn.Module):
-        self.images, self.labels, self.teacher = F.pad(images, (0, 0, PAD, PAD, PAD, PAD)), labels, teacher
+    def __init__(self, images: Tensor, labels: Tensor):
+        self.images, self.labels = F.pad(images, (0, 0, PAD, PAD, PAD, PAD)), labels
         self.num_examples = len(labels)
 
     def __len__(self) -> int:
         return self.num_examples // BATCH
 
-    def __iter__(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         side = torch.arange(32)
         for rows in torch.randperm(self.num_examples)[: len(self) * BATCH].split(BATCH):
             y, x = torch.randint(2 * PAD + 1, (2, len(rows), 1)) + side
             x = torch.where(torch.rand(len(rows), 1) < 0.5, x.flip(1), x)
-            inputs = normalised(self.images[rows[:, None, None], y[:, :, None], x[:, None, :]])
-            with torch.no_grad():
-                scores = self.teacher(inputs).float()
-            yield inputs, (self.labels[rows], scores)
-
-
-def distilled(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-    """Half the cross-entropy to the labels, half that to the float network's probabilities, nats."""
-    labels, scores = targets
-    outputs = outputs.float()
-    return 0.5 * F.cross_entropy(outputs, labels) + 0.5 * F.cross_entropy(outputs, scores.softmax(1))
+            yield normalised(self.images[rows[:, None, None], y[:, :, None], x[:, None, :]]), self.labels[rows]
 
 
 @torch.no_grad()
@@ -152,17 +142,17 @@ def measured(path: Path, depth: int, root: Path, part: str) -> dict[str, object]
 
 def fine_tuned(net: nn.Module, data: dict[str, tuple[Tensor, Tensor]], args: argparse.Namespace, stem: Path) -> miracle_ban.Archive:
     """Level "data"."""
-    batches = Augmented(*data["train"], net)
+    batches, loss = Scored(Augmented(*data["train"]), net), distilled(0.5)
     bnn = miracle_ban.convert(net, per_unit=True, local=False)
     reduced = torch.autocast("cpu", torch.bfloat16) if args.bfloat16 else contextlib.nullcontext()
     with reduced:
         report = miracle_ban.fit(
-            bnn, batches, distilled, budget=args.budget, epochs=args.epochs, learning_rate=args.learning_rate, coder="trellis",
+            bnn, batches, loss, budget=args.budget, epochs=args.epochs, learning_rate=args.learning_rate, coder="trellis",
             seed=args.seed, checkpoint=stem.with_suffix(".posteriors"),
         )  # fmt: skip
         report.plot(stem.with_suffix(".fit.png"))
         return miracle_ban.encode(
-            bnn, batches, distilled, coder="trellis", seed=args.seed, rounds=args.rounds, refine_steps=args.refine_steps,
+            bnn, batches, loss, coder="trellis", seed=args.seed, rounds=args.rounds, refine_steps=args.refine_steps,
             learning_rate=args.refine_rate, checkpoint=stem.with_suffix(".checkpoint"),
         )  # fmt: skip
 
