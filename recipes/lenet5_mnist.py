@@ -108,11 +108,9 @@ def main() -> None:
         args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 20, 1, 3, 2, "4 kB"
     batches = Batches(*data["train"], size=BATCH, mean=INPUT_MEAN, std=INPUT_STD, distortion=DISTORTION)
     args.work.mkdir(parents=True, exist_ok=True)
-    posteriors = (
-        args.work
-        / f"lenet5-mnist-{parse_bytes(args.budget)}-s{args.seed}-{args.epochs:g}-{args.weights_per_bit:g}-{args.distil:g}.posteriors"
-    )
-    output = args.output or args.work / f"lenet5-mnist-{parse_bytes(args.budget)}-s{args.seed}.mban"
+    stem = f"lenet5-mnist-{parse_bytes(args.budget)}-s{args.seed}"
+    posteriors = args.work / f"{stem}-{args.epochs:g}-{args.weights_per_bit:g}-{args.distil:g}.posteriors"
+    output = args.output or args.work / f"{stem}.mban"
 
     started = time.monotonic()
     net = train_float(batches, epochs=args.float_epochs, seed=args.seed, path=args.work / f"float-s{args.seed}.pt")
