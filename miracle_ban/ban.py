@@ -186,6 +186,8 @@ class BayesianAttention(nn.Module):
         every: int = 4,
     ):
         super().__init__()
+        if not isinstance(features, nn.Module):
+            raise MiracleError(f"features must be the trained network itself, an nn.Module, not a value of type {type(features).__name__}")
         if latent < 1 or prototypes < 1:
             raise MiracleError(f"latent and prototypes must be positive, not {latent} and {prototypes}")
         self.num_prototypes, self.gated, self.thrift, self.contexts = prototypes, gated, thrift, contexts or Subsets()

@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .errors import MismatchError, UnsupportedModelError
 from .layers import LOCAL_CLASSES, Posterior, drawing_class, hold_in_eval, posteriors
 from .structure import Link, Structure, is_frozen_norm, trace
+
+_SHORT = (torch.float16, torch.bfloat16)
+_CODED_DTYPES = (torch.float64, torch.float32, *_SHORT)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ def convert(
     """Copy `model` with a Gaussian posterior for every floating-point parameter, means at the trained weights.
 
     Args:
-        model: a trained network; it is left alone.
+        model: a trained network; it is left alone. One that is compiled (`torch.compile`) or in (Distributed)DataParallel is taken
+            out of that: the copy and its file are those of the network inside.
         where: `where(module_name, module) -> bool` chooses the modules whose own parameters are coded; default all. The
             other parameters, and all buffers, are stored raw and counted.
         fold: fold each BatchNorm into the layer before it where that is exact. Names and shapes stay: the norm is left
@@ -107,16 +112,20 @@ def convert(
         ['posterior.bias.fixed', 'posterior.bias.log_std']
     """
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"convert() takes an nn.Module, not {type(model).__name__}")
+        raise UnsupportedModelError(f"convert() takes an nn.Module, not {_said(model)}")
+    if where is not None and not callable(where):
+        raise UnsupportedModelError(f"where is called as where(module_name, module) and gives a bool; it cannot be {_said(where)}")
+    model = _unwrapped(model)
     _check_kind(model)
     if posteriors(model):
         raise UnsupportedModelError("this model is already converted; pass the original network")
     _check_finite(model)
     original = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
     structure = trace(model)
-    net = copy.deepcopy(model)
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in net.parameters()):
+    net = _copied(model)
+    if any(p.dtype in _SHORT for p in net.parameters()):
         net = net.float()  # 16 bits are too few to train in; the file still says, and gives back, the original dtype
+        net.register_forward_pre_hook(_lengthen, with_kwargs=True)
     if fold:
         _thaw_norms(net)
     held = [name for name, _ in _norms_with_statistics(net)] if fold else []
@@ -128,7 +137,8 @@ def convert(
             chosen[name] = chosen[first] = chosen[name] if name in chosen else chosen[first]
     if not chosen:
         kinds = sorted({type(m).__name__ for m in model.modules()})
-        raise UnsupportedModelError(f"no parameter to code among the modules {', '.join(kinds)}: is `where` too narrow?")
+        narrow = "" if where is None else ": is `where` too narrow?"
+        raise UnsupportedModelError(f"no floating-point parameter to code among the modules {', '.join(kinds)}{narrow}")
     modules = _attach_posteriors(net, chosen, per_unit, local)
     for name in held:
         norm = net.get_submodule(name)
@@ -141,6 +151,11 @@ def convert(
     net.register_forward_pre_hook(_begin_forward)
     net.register_forward_hook(_end_forward, always_call=True)
     return net
+
+
+def _lengthen(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The inputs of a network that was of 16 bits, in the 32 bits of its copy."""
+    return tree_map_only(Tensor, lambda t: t.float() if t.dtype in _SHORT else t, (args, kwargs))
 
 
 def _begin_forward(net: nn.Module, _: object) -> None:
@@ -179,6 +194,31 @@ def drop_units(model: nn.Module, link: Link, keep: Tensor, optimizer: torch.opti
     held[f"{link.consumer}.weight"].select(1, inputs, optimizer)
 
 
+def _said(value: object) -> str:
+    """What was given instead of what is wanted."""
+    return f"the class {value.__name__}: give an instance" if isinstance(value, type) else f"a value of type {type(value).__name__}"
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever its parts raise
+        raise UnsupportedModelError(
+            f"the network cannot be copied ({type(error).__name__}: {str(error)[:120]}): take out what is no part of it, such as open "
+            "files and locks; make weights final that a hook computes (torch.nn.utils.remove_weight_norm, prune.remove)"
+        ) from error
+
+
 def _check_kind(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError("a scripted module cannot be converted: pass the network that it was scripted from")
@@ -188,6 +228,14 @@ def _check_kind(model: nn.Module) -> None:
     extra = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
     if extra:
         raise UnsupportedModelError(f"the state dict holds {', '.join(extra[:5])}, which is not a tensor and cannot be stored")
+    for name, t in model.state_dict().items():
+        if t.is_meta:
+            raise UnsupportedModelError(f"{name} is on the meta device and has no values: load the trained weights first")
+        if t.layout != torch.strided or t.is_quantized:
+            kind = t.dtype if t.is_quantized else t.layout
+            raise UnsupportedModelError(f"{name} is a tensor of {kind}: make it dense (to_dense, dequantize) before coding")
+        if t.is_floating_point() and t.dtype not in _CODED_DTYPES:
+            raise UnsupportedModelError(f"{name} is of {t.dtype}, which is not stored: convert it to torch.float16 first")
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -236,7 +284,8 @@ def _attach_posteriors(net: nn.Module, chosen: dict[str, Tensor], per_unit: bool
             p = chosen[_join(module_name, own)]
             tied |= uses[id(p)] > 1
             held[own] = by_tensor.setdefault(id(p), Posterior(_join(module_name, own), p, per_unit=per_unit))
-        local = LOCAL_CLASSES.get(type(module)) if on_outputs and not tied and set(names) == _own_parameters(module) else None
+        whole = set(names) == _own_parameters(module) and "weight" in names  # else a hook computes the weight from others
+        local = LOCAL_CLASSES.get(type(module)) if on_outputs and not tied and whole else None
         for own in names:
             del module._parameters[own]
         module.posterior = nn.ModuleDict(held)

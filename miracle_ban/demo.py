@@ -289,7 +289,8 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     """SHA-256 over the bytes of all weights, in the order of the state dict."""
     digest = hashlib.sha256()
     for t in weights.values():
-        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        if t.numel():  # torch cannot see an empty tensor as bytes
+            digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

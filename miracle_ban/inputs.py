@@ -7,6 +7,7 @@ until a batch of them has these moments in every BatchNorm (Yin et al. 2020, Dee
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -38,10 +39,12 @@ def batches_of(inputs: Any, examples: int = 1024) -> list[Any]:
         MiracleError: there are none.
     """
     if isinstance(inputs, Tensor):
+        if not inputs.dim() or not len(inputs):
+            raise MiracleError(f"inputs holds no example: it is a tensor of shape {tuple(inputs.shape)}")
         return list(inputs[:examples].split(_BATCH))
     if isinstance(inputs, dict):
         return [inputs]
-    if not isinstance(inputs, Iterable):
+    if not isinstance(inputs, Iterable) or isinstance(inputs, (str, bytes)):
         raise MiracleError(f"inputs must be a tensor of examples or an iterable of batches, not {type(inputs).__name__}")
     found: list[Any] = []
     taken = 0
@@ -64,6 +67,8 @@ def made_for(net: nn.Module, *, seed: int = 0, progress: bool = True) -> list[An
         seed: of the random numbers.
         progress: show a progress bar on stderr.
     """
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in net.parameters()):
+        net = copy.deepcopy(net).float()  # 16 bits are too few to match moments in
     generator = torch.Generator().manual_seed(seed)
     make = _maker(net, generator)
     if make is None:
@@ -129,10 +134,11 @@ def _evaluated(net: nn.Module, x: Tensor) -> None:
 
 def _maker(net: nn.Module, generator: torch.Generator) -> Callable[[], Tensor] | None:
     """Makes random inputs of a shape that the network takes; None if none of the shapes tried fits."""
-    device = next(net.parameters()).device
+    first = next(net.parameters())
+    device = first.device
 
     def normals(*shape: int) -> Callable[[], Tensor]:
-        return lambda: torch.randn(shape, generator=generator).to(device)
+        return lambda: torch.randn(shape, generator=generator).to(first)
 
     for layer in net.modules():
         makers: list[Callable[[], Tensor]] = []

@@ -275,7 +275,13 @@ def drawing_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 
 
 def posteriors(model: nn.Module) -> dict[str, Posterior]:
-    """All posteriors of a converted model by their tensors' names, in the order of the model's parameters."""
+    """All posteriors of a converted model by their tensors' names, in the order of the model's parameters.
+
+    Raises:
+        MismatchError: it is no network at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise MismatchError(f"a converted network is wanted, not a value of type {type(model).__name__}: call miracle_ban.convert(model)")
     return {m.name: m for m in model.modules() if isinstance(m, Posterior)}
 
 

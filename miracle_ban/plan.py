@@ -6,6 +6,8 @@ training is steered by. Leans on `layers`, `convert`, `container`, `coders`.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from .blocks import LARGEST_DIMENSION
 from .coders import BlockCoder, Coder, Trellis
 from .container import RAW_DTYPES, Archive, Path, Record, fingerprint, prior_code, prior_std
 from .convert import Conversion, conversion
-from .errors import MismatchError
+from .errors import CodingError, MismatchError
 from .layers import Posterior, posteriors
 from .trellis import Rate
 
@@ -64,7 +66,14 @@ def kl_bits_by_tensor(model: nn.Module) -> dict[str, float]:
 
 
 def predicted_index_bits(kl_bits: dict[str, float], counts: dict[str, int], coder: Coder, block_bits: float) -> float:
-    """Expected bits of all codewords, by the coder's own prediction for a block."""
+    """Expected bits of all codewords, by the coder's own prediction for a block.
+
+    Raises:
+        CodingError: a KL is NaN or infinite.
+    """
+    lost = [name for name, bits in kl_bits.items() if not math.isfinite(bits)]
+    if lost:
+        raise CodingError(f"the KL of {', '.join(lost[:3])} became {kl_bits[lost[0]]}: training diverged; lower the learning rate")
     if isinstance(coder, Trellis):
         return float(sum(coder.rate(counts[name], bits).bits for name, bits in kl_bits.items()))
     assert isinstance(coder, BlockCoder)
@@ -96,8 +105,8 @@ def skeleton(model: nn.Module, *, coder: Coder, seed: int, names: bool, codes: d
             record.raw_dtype, record.data = _raw(entry.name, state[entry.name])
         else:
             record.alias = order.index(str(entry.alias_of))
-        if any(c in entry.name for c in "\n\r"):
-            raise MismatchError(f"a tensor's name holds a line break: {entry.name!r}")
+        if any(c in "\n\r" or 0xD800 <= ord(c) < 0xE000 for c in entry.name):
+            raise MismatchError(f"a tensor's name holds a line break, or half a character: {entry.name!r}; rename it")
         records.append(record)
     for record, kept in zip(records, _kept(account, held), strict=True):
         record.kept = kept

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .bits import NATS_PER_BIT
 from .convert import conversion
+from .errors import MiracleError
 from .layers import Posterior, posteriors, use_mode
 
 _PRIOR = 2.0  # variance of the prior over that of the weights: the corrections make them larger
@@ -228,7 +229,7 @@ def _owners(model: nn.Module) -> dict[str, str]:
 def _set(p: Posterior, weights: Tensor, precision: Tensor, *, corrected: bool) -> None:
     """Posterior and prior of one tensor, where noise of variance 1 / `precision` may be added to each weight."""
     rows = weights.flatten(1) if p.per_unit else weights.reshape(1, -1)
-    shape = (-1 if p.per_unit else 1,) + (1,) * (weights.dim() - 1)
+    shape = [-1 if p.per_unit else 1, *[1] * weights.dim()][: weights.dim()]
     square, largest = rows.square().mean(1).reshape(shape), rows.abs().amax(1).reshape(shape)
     factor, farthest = (_PRIOR, _FARTHEST) if corrected else (1.0, _FARTHEST_ELSEWHERE)
     variance = torch.maximum(factor * square, (largest / farthest).square()).clamp_min(_LEAST)
@@ -288,8 +289,8 @@ def _number_of_parts(layer: nn.Module) -> int:
 
 
 def _parts(layer: nn.Module, weights: Tensor) -> Tensor:
-    """A layer's weights as `[parts, rows, inputs]`."""
-    number = _number_of_parts(layer)
+    """A layer's weights as `[parts, rows, inputs]`, float32 as the inputs are."""
+    number, weights = _number_of_parts(layer), weights.float()
     if isinstance(layer, nn.Linear):
         return weights.reshape(len(weights), number, -1).transpose(0, 1)
     return weights.reshape(number, len(weights) // number, -1)
@@ -355,7 +356,7 @@ def _moments(net: nn.Module, modules: set[str], batches: list[Any]) -> tuple[dic
     try:
         with use_mode(net, "mean"):
             for batch in batches:
-                net(batch)
+                _check_finite(_through(net, batch))
     finally:
         for h in hooks:
             h.remove()
@@ -364,6 +365,20 @@ def _moments(net: nn.Module, modules: set[str], batches: list[Any]) -> tuple[dic
         return (square / count - (total / count).square()).clamp_min(0.0)
 
     return {n: variance(*v[0]) for n, v in sums.items()}, {n: variance(*v[1]) for n, v in sums.items()}
+
+
+def _through(net: nn.Module, batch: Any) -> Any:
+    try:
+        return net(batch)
+    except Exception as error:  # the user's own forward
+        shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
+        told = f"{type(error).__name__}: {str(error)[:200]}"
+        raise MiracleError(f"the inputs{shape} do not go through {type(net).__name__}, called on each batch alone: {told}") from error
+
+
+def _check_finite(outputs: Any) -> None:
+    if isinstance(outputs, Tensor) and not bool(torch.isfinite(outputs).all()):
+        raise MiracleError("the network's outputs on the inputs are NaN or infinite: check the inputs and their normalisation")
 
 
 def _called(net: nn.Module, module: str, batch: Any, *, output: bool) -> Tensor:

@@ -87,13 +87,14 @@ def _trace(model: nn.Module, shared: set[str]) -> Structure:
     used_elsewhere = shared | {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
 
     def alone(name: str) -> bool:
-        return calls.get(name) == 1 and name not in used_elsewhere
+        hooked = modules[name]._forward_hooks or modules[name]._forward_pre_hooks  # the graph does not show what these do
+        return calls.get(name) == 1 and name not in used_elsewhere and not hooked
 
     links, norms = [], []
     for node in graph.nodes:
-        if node.op != "call_module" or not alone(str(node.target)) or type(modules[str(node.target)]) not in _WEIGHT_MODULES:
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if layer is None or not alone(str(node.target)) or type(layer) not in _WEIGHT_MODULES or not _holds_weight(layer):
             continue
-        layer = modules[str(node.target)]
         norm = _only_reader(node)
         if norm is not None and norm.op == "call_module" and alone(str(norm.target)) and _folds(node, layer, modules, str(norm.target)):
             norms.append((str(node.target), str(norm.target)))
@@ -230,12 +231,17 @@ def _is_batch_size(node: fx.Node) -> bool:
 
 def _multiplicity(producer: nn.Module, consumer: nn.Module, *, flattened: bool) -> int:
     """Inputs of the consumer for each unit of the producer; 0 where units are not separate inputs."""
-    if getattr(producer, "groups", 1) != 1 or getattr(consumer, "groups", 1) != 1:
+    if getattr(producer, "groups", 1) != 1 or getattr(consumer, "groups", 1) != 1 or not _holds_weight(consumer):
         return 0
     out_units, in_units = int(_weight(producer).shape[0]), int(_weight(consumer).shape[1])
     if flattened:
         return in_units // out_units if isinstance(consumer, nn.Linear) and in_units % out_units == 0 else 0
     return int(type(producer) is type(consumer) and in_units == out_units)
+
+
+def _holds_weight(layer: nn.Module) -> bool:
+    """Not so where a hook computes the weight, as torch's older weight norm and pruning do."""
+    return layer._parameters.get("weight") is not None
 
 
 def _weight(layer: nn.Module) -> torch.Tensor:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 import miracle_ban
 from miracle_ban.train import FitReport
 
-hypothesis.settings.register_profile(
-    "fixed", derandomize=True, deadline=None, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
+quiet = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("fixed", derandomize=True, **quiet)
+hypothesis.settings.register_profile("long", max_examples=4000, **quiet)  # pytest --hypothesis-profile=long: others at each run
 hypothesis.settings.load_profile("fixed")
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import helpers
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import miracle_ban
 from miracle_ban import compress, convert, kl, load, save
@@ -110,6 +111,7 @@ def test_networks_of_16_bits_are_trained_in_32_and_keep_their_dtype(dtype):
     with torch.no_grad():
         expected = copy.deepcopy(net).float()(x)
     assert torch.allclose(expected.double().flatten(), mean_outputs(bnn, (x,)), rtol=1e-3, atol=1e-3)
+    assert mean_outputs(bnn, (x.to(dtype),)).equal(mean_outputs(bnn, (x.to(dtype).float(),)))  # its own kind of input is taken, too
     assert all(p.mean.dtype == torch.float32 for p in posteriors(bnn).values())
     assert {e.dtype for e in conversion(bnn).entries if e.name != "1.num_batches_tracked"} == {dtype}
     assert helpers.same_state(net.state_dict(), before)
@@ -313,6 +315,81 @@ class WithExtraState(nn.Linear):
 def test_what_cannot_be_converted_is_refused(make):
     with pytest.raises(MiracleError):
         convert(make())
+
+
+class Holding(nn.Linear):
+    """A layer with one more thing on it: a buffer if that is a tensor."""
+
+    def __init__(self, thing: object):
+        super().__init__(3, 2)
+        if isinstance(thing, Tensor):
+            self.register_buffer("thing", thing)
+        else:
+            self.thing = thing
+
+
+def pruned() -> nn.Module:
+    return nn.Sequential(prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5), nn.ReLU(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: nn.Linear, "class Linear: give an instance"),
+        (lambda: nn.Linear(2, 2, device="meta"), "weight is on the meta device"),
+        (lambda: Holding(torch.eye(3).to_sparse()), r"thing is a tensor of torch.sparse_coo: make it dense"),
+        (lambda: nn.Linear(4, 4).to(torch.float8_e4m3fn), r"weight is of torch.float8_e4m3fn.*torch.float16"),
+        (lambda: Holding(threading.Lock()), "cannot be copied"),
+        (pruned, "prune.remove"),
+        (lambda: nn.ReLU(), "no floating-point parameter to code among the modules ReLU$"),
+    ],
+)
+def test_what_cannot_be_converted_is_said_with_its_remedy(make, says):
+    with pytest.raises(UnsupportedModelError, match=says):
+        convert(make())
+
+
+def test_a_where_that_is_no_function_is_refused():
+    with pytest.raises(UnsupportedModelError, match="type str"):
+        convert(helpers.TinyNet(), where="conv")
+    with pytest.raises(MismatchError, match="type str"):
+        kl("network")
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda net: torch.compile(net, backend="eager"), lambda net: nn.DataParallel(torch.compile(net))]
+)
+def test_a_network_is_taken_out_of_its_wrapper(wrap):
+    net = helpers.TinyNet()
+    bnn = convert(wrap(net))
+    assert helpers.same_state(bnn.state_dict(), convert(net).state_dict())
+    assert [e.name for e in conversion(bnn).entries] == list(net.state_dict())
+
+
+def test_layers_with_hooks_are_neither_folded_nor_narrowed():
+    """Nobody knows what a hook does with the outputs."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    nn.init.normal_(net[1].running_mean)
+    plain = conversion(convert(net))
+    assert plain.folded == (("0", "1"),)
+    assert [k.producer for k in plain.links] == ["3"]
+    net[0].register_forward_hook(lambda module, args, out: out.square())
+    net[3].register_forward_hook(lambda module, args, out: out * torch.arange(4.0)[:, None, None])
+    bnn = convert(net).eval()
+    assert (bnn.conversion.folded, bnn.conversion.links) == ((), ())
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(mean_outputs(bnn, (x,)).float(), net(x).flatten(), atol=1e-4)
+
+
+def test_weights_that_a_hook_computes_from_others_are_coded_through_them():
+    with torch.no_grad():  # torch cannot copy such a weight if it carries a graph
+        net = pruned().eval()
+        x = torch.randn(5, 4)
+        bnn = convert(net).eval()
+        assert set(posteriors(bnn)) == {"0.weight_orig", "0.bias", "2.weight", "2.bias"}
+        assert mean_outputs(bnn, (x,)).equal(net(x).double().flatten())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

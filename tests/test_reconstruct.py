@@ -255,3 +255,34 @@ def test_batches_and_loss_come_together(trained_net, batches):
     for arguments in ((batches,), (None, nn.functional.cross_entropy)):
         with pytest.raises(MiracleError, match="together"):
             compress(trained_net, *arguments, budget=900)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        (torch.randn(5, 7), r"inputs of shape \(5, 7\) do not go through Sequential.*7"),
+        (torch.randn(0, 6), "no example"),
+        (torch.tensor(1.0), "no example"),
+        (torch.full((5, 6), float("nan")), "NaN or infinite: check the inputs"),
+        ("images", "not str"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_said_to_be_so(inputs, says):
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(MiracleError, match=says):
+        compress(net, inputs=inputs, budget=300, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("given", [False, True])
+def test_networks_of_16_and_64_bits_and_scalars_among_their_parameters(dtype, given):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).to(dtype).eval()
+    net.scale = nn.Parameter(torch.tensor(2.0, dtype=dtype))
+    options = {"inputs": torch.randn(40, 6, dtype=dtype)} if given else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MiracleWarning)  # made-up inputs fit, too
+        archive = compress(net, budget=300, progress=False, **options)
+    state = decode(parse(archive.to_bytes()), net)
+    assert {t.dtype for name, t in state.items() if "tracked" not in name} == {dtype}
+    assert abs(float(state["scale"]) - 2.0) < 0.5
