@@ -17,8 +17,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # the house of the design, top to bottom: a module imports only from those above it
 ORDER = [
     "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "gaussian", "coders", "layers",
-    "structure", "convert", "inputs", "teaching", "reconstruct", "ban", "recursion", "plan", "objective", "checkpoint", "train", "packing",
-    "block_packing", "trellis_packing", "encode", "decode", "sources", "plots", "demo", "cli",
+    "structure", "convert", "inputs", "teaching", "reconstruct", "ban", "recursion", "plan", "objective", "checkpoint",
+    "train", "packing", "block_packing", "trellis_packing", "encode", "decode", "hub", "sources", "plots", "demo", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}
 

@@ -7,11 +7,9 @@ Pieces of the format have theirs in their own files (`test_bits`, `test_randomne
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import math
 import os
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -218,8 +216,8 @@ class Net(nn.Module):
 STEPS = ("activation", "dense", "norm", "other norm", "transposed", "recurrent")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 plans = st.tuples(
-    st.sampled_from(["image", "vector", "tokens"]), st.lists(st.sampled_from(STEPS), max_size=4).map(tuple), st.integers(0, 99), st.booleans(),
-    st.booleans(), st.integers(0, 63), st.sampled_from(DTYPES),
+    st.sampled_from(["image", "vector", "tokens"]), st.lists(st.sampled_from(STEPS), max_size=4).map(tuple), st.integers(0, 99),
+    st.booleans(), st.booleans(), st.integers(0, 63), st.sampled_from(DTYPES),
 )  # fmt: skip
 exact_plans = plans.map(lambda plan: (*plan[:-1], torch.float64))
 options = st.fixed_dictionaries({"per_unit": st.booleans(), "fold": st.booleans(), "local": st.booleans()})
@@ -349,8 +347,8 @@ def test_a_file_is_no_larger_than_its_budget_or_says_so(plan, budget, coder, see
         warnings.simplefilter("always", MiracleWarning)
         try:
             archive = compress(net, budget=budget, coder=QUICK[coder], seed=seed, **how, **QUIET)
-        except BudgetError as error:
-            assert "raise" in str(error)
+        except BudgetError:
+            assert budget < 330  # the header, prior scales and raw tensors of the largest of these
             return
     over = [w for w in said if "over the budget" in str(w.message)]
     size = len(archive.to_bytes())
@@ -482,8 +480,7 @@ def test_any_name_is_stored_or_refused_before_any_work(name):
     net.register_parameter(name, nn.Parameter(torch.ones(2)))
     try:
         archive = encode(blurred(convert(net)), names=True, **QUIET)
-    except MismatchError as error:
+    except MismatchError:
         assert any(c in "\n\r" or 0xD800 <= ord(c) < 0xE000 for c in name), name
-        assert "name" in str(error)
         return
     assert list(decode(parse(archive.to_bytes()))) == [name]
