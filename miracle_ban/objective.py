@@ -24,6 +24,12 @@ def beta_elbo(loss: Tensor, kl_nats: Tensor, *, beta: float, num_examples: int) 
     return loss + beta * kl_nats / num_examples
 
 
+def descent(part: float, first: float, goal: float) -> float:
+    """Predicted index bits to aim at after `part` (0 to 1) of a run: down geometrically to `goal` over 60 % of it, then level."""
+    way = min(1.0, part / 0.6)
+    return max(first, goal) ** (1 - way) * goal**way
+
+
 _LEAD = math.log(8.0)
 
 

@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "gaussian", "coders", "layers",
     "structure", "convert", "inputs", "teaching", "reconstruct", "ban", "recursion", "plan", "objective", "checkpoint",
-    "train", "packing", "block_packing", "trellis_packing", "encode", "decode", "hub", "sources", "plots", "demo", "cli",
+    "train", "penalty", "packing", "block_packing", "trellis_packing", "encode", "decode", "hub", "sources", "plots", "demo", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}
 
