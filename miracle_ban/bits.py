@@ -24,6 +24,10 @@ def parse_bytes(text: str | int | float) -> int:
 
     Raises:
         BudgetError: not a positive size.
+
+    Example:
+        >>> parse_bytes("1.5 kB"), parse_bytes("2 KiB"), parse_bytes(1140)
+        (1500, 2048, 1140)
     """
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         size = float(text)

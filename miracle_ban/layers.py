@@ -332,6 +332,11 @@ def kl(model: nn.Module) -> Tensor:
 
     Raises:
         MismatchError: the model has no posteriors.
+
+    Example:
+        >>> from miracle_ban import convert
+        >>> kl(convert(nn.Linear(3, 2))).shape
+        torch.Size([])
     """
     held = posteriors(model)
     if not held:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import inspect
 import os
 import subprocess
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import miracle_ban
+from miracle_ban.hub import fetch, load_pretrained
+from miracle_ban.penalty import Penalty
 
 PACKAGE = Path(miracle_ban.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -139,6 +143,23 @@ def test_every_public_class_and_function_has_a_docstring():
             overload = isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "overload" for d in node.decorator_list)
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not overload:
                 assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_examples_in_docstrings_are_true(path):
+    if path.name != "__main__.py":
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        assert doctest.testmod(importlib.import_module(name), raise_on_error=False).failed == 0
+
+
+def test_the_main_names_have_examples():
+    things = [getattr(miracle_ban, n) for n in ("convert", "kl", "compress", "decode")] + [
+        miracle_ban.coders.get,
+        fetch,
+        load_pretrained,
+        Penalty,
+    ]
+    assert all("Example:" in (inspect.getdoc(thing) or "") for thing in things)
 
 
 def test_every_error_is_a_miracle_error():
