@@ -95,7 +95,7 @@ def convert(
             other parameters, and all buffers, are stored raw and counted.
         fold: fold each BatchNorm into the layer before it where that is exact. Names and shapes stay: the norm is left
             with weight 1, mean 0 and variance 1, and its bias carries what remains. Elsewhere its own weight and bias take up
-            its statistics.
+            its statistics. Layers with forward hooks are neither folded nor narrowed: nobody knows what a hook does.
         per_unit: one prior scale per output unit instead of one per tensor, for tensors of two axes or more.
         local: linear and convolution layers draw noise on their outputs, each example its own (local reparametrisation,
             Kingma et al. 2015). False draws their weights, once for each batch: noisier gradients in half the time.
