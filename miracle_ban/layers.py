@@ -267,9 +267,11 @@ def drawing_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
     """A subclass of `cls` whose tensors `names` are read from the module's posteriors, whatever `cls` does with them."""
     key = (cls, names)
     if key not in _drawing_classes:
-        body = {name: _weight_property(name) for name in names}
+        body: dict[str, Any] = {name: _weight_property(name) for name in names}
         if issubclass(cls, nn.RNNBase):  # its forward reads this list, not the attributes
             body["_flat_weights"] = property(lambda self: [getattr(self, n) for n in self._flat_weights_names], _ignore)
+        if issubclass(cls, (nn.Sequential, nn.ModuleList)):  # one with tensors of its own goes on to run its layers alone
+            body["__iter__"] = lambda self: (m for own, m in self._modules.items() if own != "posterior")
         _drawing_classes[key] = type(f"Variational{cls.__name__.removeprefix('Variational')}", (cls,), body)
     return _drawing_classes[key]
 
