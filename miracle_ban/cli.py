@@ -27,14 +27,15 @@ from . import __version__, coders, plots
 from .bits import HuffmanTable, parse_bytes
 from .container import FIXED_LENGTH, FORMAT_VERSION, Archive, Record, live_count, octaves, prior_std, rates, resolve_kept
 from .convert import as_module, convert
-from .decode import bind, decode, restore, save
 from .decode import open as open_archive
+from .decode import save
 from .demo import check, run, weights_sha256
 from .encode import compress
 from .errors import MiracleError, MismatchError
 from .files import write_whole
 from .inputs import batches_of
 from .layers import posteriors
+from .load import bind, decode, restore
 from .sources import compare, load_checkpoint, load_data, load_inputs, load_into, load_model, try_batch
 
 _MODEL_HELP = "package.module:factory, path/to/file.py:factory, or torchvision:NAME; the factory takes no arguments"

@@ -123,7 +123,7 @@ class Path:
 class Archive:
     """A compressed network in memory: what `encode` returns, `save` writes and `open` reads.
 
-    `archive["layer.weight"]` decodes that tensor alone (see `miracle_ban.decode`).
+    `archive["layer.weight"]` decodes that tensor alone, to torch (`decode.decode_array`: to numpy).
     """
 
     records: list[Record]
@@ -159,7 +159,7 @@ class Archive:
             raise MismatchError("this file carries no tensor names or shapes (small files leave them out): give the model it was made for")
 
     def __getitem__(self, name: str) -> Tensor:
-        from .decode import decode_one  # the container itself needs no decoder
+        from .load import decode_one  # torch is needed here alone
 
         return decode_one(self, name)
 

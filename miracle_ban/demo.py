@@ -27,10 +27,11 @@ from . import plots
 from .bits import parse_bytes
 from .container import Archive
 from .convert import convert
-from .decode import load, save
+from .decode import save
 from .encode import encode
 from .errors import MiracleError
 from .layers import posteriors
+from .load import load
 from .train import FitReport, fit
 
 NUM_TRAIN, NUM_TEST = 12_000, 5_000

@@ -20,9 +20,9 @@ from urllib.request import Request, urlopen
 import torch
 from torch import nn
 
-from .decode import load
 from .errors import MiracleError, MismatchError
 from .files import write_whole
+from .load import load
 
 Module = TypeVar("Module", bound=nn.Module)
 _REMOTE = re.compile(r"https?://|file://")  # what else `urllib` opens is no place for networks

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decode import restore
 from .errors import MiracleError
+from .load import restore
 
 Loss = Callable[[Any, Any], Tensor]
 _WRAPPED_KEYS = ("state_dict", "model_state_dict", "model")

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -20,9 +21,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # the house of the design, top to bottom: a module imports only from those above it
 ORDER = [
-    "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "gaussian", "coders", "layers",
+    "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "gaussian", "coders", "layers",
     "structure", "convert", "inputs", "teaching", "reconstruct", "ban", "recursion", "plan", "objective", "checkpoint",
-    "train", "penalty", "packing", "block_packing", "trellis_packing", "encode", "decode", "hub", "sources", "plots", "demo", "cli",
+    "train", "penalty", "packing", "block_packing", "trellis_packing", "encode", "load", "hub", "sources", "plots", "demo", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}
 
@@ -202,10 +203,13 @@ def reach(module: str) -> set[str]:
 
 
 def test_decoding_imports_nothing_of_training():
-    assert reach("decode") <= FROZEN
+    assert reach("decode") <= FROZEN | {"load"}  # `Archive.__getitem__`, which gives a torch tensor, calls on `load`
+    assert reach("load") <= FROZEN | {"load"}
+    inside = {(module_of(p), n) for p in SOURCES if module_of(p) in FROZEN for n in own_imports(p, everywhere=True) - own_imports(p)}
+    assert inside == {("container", "load")}
 
 
-@pytest.mark.parametrize("module", ["bits", "files", "randomness", "blocks", "container"])
+@pytest.mark.parametrize("module", sorted(FROZEN))
 def test_the_frozen_core_leans_on_numpy_and_the_standard_library_alone(module):
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
     for node in tree.body:  # what stands under TYPE_CHECKING is for readers
@@ -241,17 +245,103 @@ def test_decoding_draws_nothing_from_numpy_or_torch():
                 assert not name.startswith(("torch.rand", "torch.normal", "special.", "math.exp")), f"{path.name}:{line} {name}"
 
 
+def in_a_fresh_process(code: str, *arguments: str) -> str:
+    """What a Python that is as strict as can be prints; warnings are errors."""
+    environment = {**os.environ, "PYTHONWARNINGS": "error:::miracle_ban"}
+    command = [sys.executable, "-c", code, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+def test_importing_the_package_imports_nothing_that_is_not_asked_for():
+    code = "import sys, miracle_ban; dir(miracle_ban); print(*sorted({m.split('.')[0] for m in sys.modules} & {'numpy', 'scipy', 'torch'}))"
+    assert in_a_fresh_process(code).strip() == ""
+    code = "import sys; from miracle_ban import MiracleError, open, save, decode_arrays; print('torch' in sys.modules)"
+    assert in_a_fresh_process(code).strip() == "False"
+
+
+def test_every_public_name_is_there_whichever_module_came_first():
+    """A function and the module of the same name: the function is what `miracle_ban.encode` means."""
+    code = (
+        "import importlib, sys, types\n"
+        "for module in ('decode', 'encode', 'convert', 'load', 'train', 'coders'): importlib.import_module('miracle_ban.' + module)\n"
+        "import miracle_ban\n"
+        "from miracle_ban import *\n"
+        "assert set(miracle_ban.__all__) <= set(dir(miracle_ban))\n"
+        "for name in set(miracle_ban.__all__) - {'__version__'}:\n"
+        "    assert callable(getattr(miracle_ban, name)) and callable(globals()[name]), name\n"
+        "assert miracle_ban.coders.get('gprs').name == 'gprs'\n"
+        "assert isinstance(sys.modules['miracle_ban.decode'], types.ModuleType)\n"
+        "assert not hasattr(miracle_ban, 'nonsense') and not hasattr(miracle_ban, '_nonsense')\n"
+    )
+    assert in_a_fresh_process(code) == ""
+
+
+def test_type_checkers_see_the_names_that_there_are():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    checked = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    homes = {a.name: str(n.module) for n in checked.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert homes == miracle_ban._HOMES
+    assert {*homes, "__version__"} == set(miracle_ban.__all__)
+
+
+WITHOUT_TORCH = """
+import hashlib, importlib.abc, json, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "torchvision", "scipy", "safetensors", "tqdm", "matplotlib"}:
+            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
+
+sys.meta_path.insert(0, Blocker())
+import numpy as np
+from miracle_ban import MiracleError, decode_array, decode_arrays, open, save
+from pathlib import Path
+
+folder, digests = Path(sys.argv[1]), {}
+for name, said in json.loads((folder / "manifest.json").read_text()).items():
+    archive = open(folder / name)
+    assert save(archive, sys.argv[2]) == len((folder / name).read_bytes())
+    arrays = decode_arrays(archive, None if archive.names else [(n, tuple(s), d) for n, s, d in said["entries"]])
+    sha = hashlib.sha256()
+    for key, a in arrays.items():
+        assert key in archive.keys() and np.array_equal(decode_array(archive, key), a)
+        dtype = archive.records[archive.keys().index(key)].dtype
+        sha.update(f"{key} {list(a.shape)} torch.{dtype}\\n".encode())
+        a = (a.view(np.uint32) >> 16).astype("<u2") if dtype == "bfloat16" else a
+        sha.update(a.astype(a.dtype.newbyteorder("<")).tobytes())
+    digests[name] = sha.hexdigest()
+    for call in (lambda: decode_array(archive, "no such tensor"), lambda: decode_arrays(archive, [("a", (1,), "float32")])):
+        try:
+            call()
+        except MiracleError:
+            continue
+        raise AssertionError(name)
+own = sorted(m.removeprefix("miracle_ban.") for m in sys.modules if m.startswith("miracle_ban."))
+foreign = sorted({m.split(".")[0] for m in sys.modules} - set(sys.stdlib_module_names) - {"miracle_ban", "__main__", "sitecustomize"})
+print(json.dumps({"digests": digests, "own": own, "foreign": [m for m in foreign if not m.startswith(("_", "a1_"))]}))
+"""
+
+
+def test_everything_decodes_where_only_numpy_is_installed(tmp_path):
+    golden = Path(__file__).parent / "golden"
+    said = json.loads(in_a_fresh_process(WITHOUT_TORCH, str(golden), str(tmp_path / "copy.mban")))
+    assert said["foreign"] == ["numpy"]
+    assert said["own"] == sorted(FROZEN)
+    assert said["digests"] == {name: s["weights_sha256"] for name, s in json.loads((golden / "manifest.json").read_text()).items()}
+
+
 def test_importing_the_package_starts_no_plotting_and_no_cuda_and_is_quiet():
     code = (
         "import sys, miracle_ban, torch\n"
+        "[getattr(miracle_ban, name) for name in miracle_ban.__all__]\n"
         "loaded = [m for m in ('matplotlib', 'torchvision', 'miracle_ban.cli', 'miracle_ban.demo') if m in sys.modules]\n"
         "assert not loaded, loaded\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert torch.get_default_dtype() == torch.float32\n"
     )
-    environment = {**os.environ, "PYTHONWARNINGS": "error:::miracle_ban"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment, check=False)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert in_a_fresh_process(code) == ""
 
 
 def test_the_version_is_that_of_the_project():

@@ -31,8 +31,9 @@ from miracle_ban.container import (
     rates,
     resolve_kept,
 )
-from miracle_ban.decode import bind, decode_array
+from miracle_ban.decode import stored_array
 from miracle_ban.errors import CorruptError, FileFormatError, MiracleError, MismatchError, NotAnArchiveError, VersionError
+from miracle_ban.load import bind
 from miracle_ban.trellis import Rate
 
 ITEM_BYTES = {
@@ -383,7 +384,7 @@ def survive(data: bytes, shapes_of: Archive) -> str:
         if not archive.names:
             bind_shapes(archive, shapes_of)
         for i in range(len(archive.records)):
-            decode_array(archive, i)
+            stored_array(archive, i)
         if archive.names:
             decode_state(archive)
     except MiracleError:
