@@ -6,6 +6,7 @@ Leans on numpy only.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import zlib
@@ -16,6 +17,7 @@ from .errors import BudgetError, CorruptError
 
 NATS_PER_BIT = math.log(2.0)
 MAX_CODE_LENGTH = 15  # of a Huffman codeword, bits
+_WINDOWS = 1 << MAX_CODE_LENGTH
 _UNITS = {"": 1, "b": 1, "kb": 1_000, "mb": 1_000_000, "gb": 1_000_000_000, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
@@ -107,28 +109,36 @@ class BitReader:
     """
 
     def __init__(self, data: bytes) -> None:
-        self.bits = np.unpackbits(np.frombuffer(data, np.uint8))
+        self._data = data
         self.position = 0
+
+    @functools.cached_property
+    def bits(self) -> np.ndarray:
+        """All bits, uint8 of 0 and 1."""
+        return np.unpackbits(np.frombuffer(self._data, np.uint8))
 
     @property
     def left(self) -> int:
         """Bits not read yet."""
-        return len(self.bits) - self.position
+        return 8 * len(self._data) - self.position
+
+    def _pass(self, bits: int, what: str) -> int:
+        """Go over the next `bits` bits; returns where they begin."""
+        if bits < 0 or bits > self.left:
+            raise CorruptError(f"the file ends inside {what}: {bits} bits wanted, {self.left} left")
+        self.position += bits
+        return self.position - bits
 
     def take(self, bits: int, what: str) -> np.ndarray:
         """The next `bits` bits as an array of 0 and 1."""
-        if bits < 0 or bits > self.left:
-            raise CorruptError(f"the file ends inside {what}: {bits} bits wanted, {self.left} left")
-        part = self.bits[self.position : self.position + bits]
-        self.position += bits
-        return part
+        start = self._pass(bits, what)
+        return self.bits[start : start + bits]
 
     def read(self, bits: int, what: str = "a number") -> int:
         """An integer of `bits` bits."""
-        value = 0
-        for bit in self.take(bits, what).tolist():
-            value = value << 1 | bit
-        return value
+        start = self._pass(bits, what)
+        stop = start + bits
+        return int.from_bytes(self._data[start >> 3 : (stop + 7) >> 3], "big") >> (-stop & 7) & ((1 << bits) - 1)
 
     def read_golomb(self, order: int = 0, what: str = "a number", limit: int = 1 << 62) -> int:
         """A value written by `write_golomb`, at most `limit`."""
@@ -155,19 +165,22 @@ class BitReader:
 
     def align(self) -> None:
         """Skip to the next byte; the skipped bits must be zero."""
-        if self.take(-self.position % 8, "padding").any():
+        if self.read(-self.position % 8, "padding"):
             raise CorruptError("padding bits are not zero")
 
     def read_bytes(self, count: int, what: str) -> bytes:
         """Whole bytes."""
-        return np.packbits(self.take(8 * count, what)).tobytes()
+        if self.position % 8:
+            raise ValueError("whole bytes begin on a byte: align first")
+        start = self._pass(8 * count, what) // 8
+        return self._data[start : start + count]
 
 
 class HuffmanTable:
     """Canonical Huffman code for the symbols `first .. first + len(lengths) - 1`; every one of them has a codeword."""
 
     def __init__(self, first: int, lengths: list[int]):
-        if not lengths or min(lengths) < 1 or max(lengths) > MAX_CODE_LENGTH or sum(2.0**-n for n in lengths) > 1.0:
+        if not lengths or min(lengths) < 1 or max(lengths) > MAX_CODE_LENGTH or sum(_WINDOWS >> n for n in lengths) > _WINDOWS:
             raise CorruptError(f"no prefix code has the codeword lengths {lengths}")
         self.first = first
         self.lengths = np.array(lengths, np.int64)
@@ -226,7 +239,7 @@ class HuffmanTable:
         window = np.zeros(span, np.int64)
         for i in range(MAX_CODE_LENGTH):
             window = window << 1 | ahead[i : i + span]
-        symbol_at = self._lookup()[window].tolist()
+        symbol_at = self._lookup[window].tolist()
         lengths, symbols, position = self.lengths.tolist(), [], 0
         for _ in range(count):
             symbol = symbol_at[position] if position < span else -1
@@ -237,9 +250,10 @@ class HuffmanTable:
         source.take(position, "the index stream")
         return np.array(symbols, np.int64) + self.first
 
+    @functools.cached_property
     def _lookup(self) -> np.ndarray:
         """Symbol (less `first`) that each 15-bit window begins with; -1 for none."""
-        table = np.full(1 << MAX_CODE_LENGTH, -1, np.int64)
+        table = np.full(_WINDOWS, -1, np.int8)
         for i, (code, length) in enumerate(zip(self.codes.tolist(), self.lengths.tolist(), strict=True)):
             free = MAX_CODE_LENGTH - length
             table[code << free : (code + 1) << free] = i

@@ -11,7 +11,7 @@ from . import randomness
 
 LARGEST_DIMENSION = 4096  # weights in one block
 LARGEST_PRIVATE_DIMENSION = randomness.NORMALS_PER_CALL  # blocks this small do not share a codebook
-_CHUNK_VALUES = 1 << 20
+_CHUNK_VALUES = 1 << 18
 
 
 def layout(seed: int, tensor: int, count: int, num_blocks: int) -> np.ndarray:
@@ -51,7 +51,7 @@ def candidate_values(seed: int, tensor: int, blocks: np.ndarray, index: np.ndarr
         own = codebook_block(blocks[rows], dimension)
         z = randomness.normals(seed, index[rows] - 1, own, codebook_stream(tensor, dimension), dimension)
         turn = randomness.rotation(seed, blocks[rows], tensor, dimension)
-        source = (np.arange(dimension)[None, :] - turn[:, None]) % max(dimension, 1)
+        source = (np.arange(dimension, dtype=np.int64)[None, :] - turn[:, None]) % max(dimension, 1)
         signed = np.take_along_axis(z, source, 1) * randomness.flips(seed, blocks[rows], tensor, dimension)
         out[rows] = signed.astype(np.float32) * np.float32(randomness.NORMAL_UNIT)
     return out

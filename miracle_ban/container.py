@@ -39,7 +39,7 @@ import numpy as np
 from .bits import BitReader, BitWriter, HuffmanTable, crc32
 from .blocks import LARGEST_DIMENSION
 from .errors import CorruptError, MismatchError, NotAnArchiveError, VersionError
-from .trellis import LARGEST_MEMORY, LARGEST_STEP_BITS, LARGEST_WIDTH, RATE_UNIT, Rate, first_bits, words
+from .trellis import LARGEST_MEMORY, LARGEST_STEP_BITS, LARGEST_WIDTH, RATE_UNIT, Rate, words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,26 +97,16 @@ class Path:
     Attributes:
         memory, log2_frames: see there.
         bits: uint8 of 0 and 1.
-        starts: for each coded record where its part of each frame begins; known once shapes are.
     """
 
     memory: int
     log2_frames: int = 0
     bits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
-    starts: dict[int, np.ndarray] = field(default_factory=dict)
 
     @functools.cached_property
     def words(self) -> np.ndarray:
-        """What `trellis.windows` reads."""
+        """What `trellis.states` reads."""
         return words(self.bits)
-
-    def locate(self, rates: dict[int, Rate]) -> int:
-        """Find `starts` for the rates of all coded records, by number; returns the bits that they take together."""
-        if not rates:
-            return 0
-        first = first_bits(list(rates.values()), self.log2_frames)
-        self.starts = {number: first[:, i] for i, number in enumerate(rates)}
-        return sum(r.bits for r in rates.values())
 
 
 @dataclass
@@ -480,7 +470,7 @@ def check_shapes(archive: Archive) -> None:
         elif r.kind == "alias" and archive.records[r.alias].shape != shape:
             raise CorruptError(f"tensor {i} ({r.name}) repeats a tensor of another shape, {archive.records[r.alias].shape}")
     if archive.path is not None:
-        needed, held = archive.path.locate(rates(archive)), archive.path.bits
+        needed, held = sum(rate.bits for rate in rates(archive).values()), archive.path.bits
         if not 0 <= len(held) - needed < 8 or held[needed:].any():
             raise CorruptError(f"the index stream holds {len(held)} bits, the tensors need {needed} and padding of zeros to a byte")
 

@@ -12,19 +12,20 @@ same on every machine. Leans on `container`, `blocks`, `tree`, `trellis`, `files
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .blocks import candidate_values, layout
-from .container import RAW_DTYPES, TREES, Archive, Record, check_shapes, fingerprint, live_count, parse, prior_std, resolve_kept
+from .container import RAW_DTYPES, TREES, Archive, check_shapes, fingerprint, live_count, parse, prior_std, rates, resolve_kept
 from .errors import FileFormatError, MiracleError, MismatchError
 from .files import write_whole
 from .tree import node_values
-from .trellis import decode_steps
+from .trellis import decode_steps, first_bits
 
 Entry = tuple[str, tuple[int, ...], str]  # name, shape, dtype of a tensor: the dtypes are those of `container.RAW_DTYPES`
 
@@ -115,8 +116,7 @@ def decode_arrays(archive: Archive, entries: Iterable[Entry] | None = None) -> d
     if entries is not None:
         bind_entries(archive, entries)
     archive.require_names()
-    live = resolve_kept(archive.records)
-    return {str(r.name): _own(archive, i, _stored(archive, i, live)) for i, r in enumerate(archive.records)}
+    return {str(archive.records[i].name): _own(archive, i, array) for i, array in enumerate(stored_arrays(archive))}
 
 
 def decode_array(archive: Archive, name: str) -> np.ndarray:
@@ -142,9 +142,29 @@ def find(archive: Archive, name: str) -> int:
     return keys.index(name)
 
 
+def stored_arrays(archive: Archive) -> Iterator[np.ndarray]:
+    """Each tensor as the file has it: coded and constant ones in float32, raw ones as stored, bfloat16 as its bits in uint16."""
+    live, first = resolve_kept(archive.records), _first_bits(archive)
+    again = {r.alias: np.zeros(0) for r in archive.records if r.kind == "alias"}
+    for i, r in enumerate(archive.records):
+        array = again[r.alias].copy() if r.kind == "alias" else _stored(archive, i, live[i], next(first) if r.rate is not None else None)
+        if i in again:
+            again[i] = array
+        yield array
+
+
 def stored_array(archive: Archive, number: int) -> np.ndarray:
-    """Tensor `number` as the file has it: coded and constant tensors in float32, raw ones as stored, bfloat16 as its bits in uint16."""
-    return _stored(archive, number, resolve_kept(archive.records[: number + 1]))
+    """Tensor `number` alone, as `stored_arrays` gives it."""
+    record = archive.records[number]
+    if record.kind == "alias":
+        return stored_array(archive, record.alias)
+    before = sum(r.rate is not None for r in archive.records[:number])
+    first = next(itertools.islice(_first_bits(archive), before, None)) if record.rate is not None else None
+    return _stored(archive, number, resolve_kept(archive.records[: number + 1])[number], first)
+
+
+def _first_bits(archive: Archive) -> Iterator[np.ndarray]:
+    return first_bits(list(rates(archive).values()), archive.path.log2_frames if archive.path is not None else 0)
 
 
 def _own(archive: Archive, number: int, stored: np.ndarray) -> np.ndarray:
@@ -168,27 +188,21 @@ def _bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), bits, rounded).view(np.float32)
 
 
-def _stored(archive: Archive, number: int, live: list[tuple[int, ...]]) -> np.ndarray:
-    """As `stored_array`; `live` are the live shapes of all records up to there."""
+def _stored(archive: Archive, number: int, live: tuple[int, ...], first: np.ndarray | None) -> np.ndarray:
+    """As `stored_array`, of a tensor of live shape `live` whose frames begin at the bits `first` of the trellis' stream."""
     record = archive.records[number]
     shape = record.shape or ()
-    if record.kind == "alias":
-        return _stored(archive, record.alias, live)
     if record.kind == "constant":
         return np.full(shape, record.constant, np.float32)
     if record.kind == "raw":
         stored = {"bfloat16": "uint16", "opaque": "uint8"}.get(record.raw_dtype, record.raw_dtype)
         return np.frombuffer(record.data, np.dtype(stored).newbyteorder("<")).astype(stored).reshape(shape)
-    return _coded(archive, number, record, shape, live[number])
-
-
-def _coded(archive: Archive, number: int, record: Record, shape: tuple[int, ...], live: tuple[int, ...]) -> np.ndarray:
     full = np.zeros(shape, np.float32)
     count = live_count(record, live)
     if not count:
         return full
     std = prior_std(record.prior_codes)
-    coded = (_trellis_values if record.rate is not None else _block_values)(archive, number, count)
+    coded = _block_values(archive, number, count) if first is None else _trellis_values(archive, number, first)
     kept: tuple[Any, ...] = (*(slice(k) for k in live), ...)
     part = full[kept]
     if len(std) == 1:
@@ -214,9 +228,9 @@ def _block_values(archive: Archive, number: int, count: int) -> np.ndarray:
     return coded
 
 
-def _trellis_values(archive: Archive, number: int, count: int) -> np.ndarray:
+def _trellis_values(archive: Archive, number: int, first: np.ndarray) -> np.ndarray:
     """As `_block_values`."""
     path, rate = archive.path, archive.records[number].rate
     assert path is not None
     assert rate is not None
-    return decode_steps(archive.seed, number, rate, path.memory, path.words, path.starts[number], path.log2_frames)
+    return decode_steps(archive.seed, number, rate, path.memory, path.words, first, path.log2_frames)

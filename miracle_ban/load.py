@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .container import RAW_DTYPES, Archive
-from .decode import bind_entries, find, open, stored_array
+from .decode import bind_entries, find, open, stored_array, stored_arrays
 from .errors import FileFormatError
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -27,12 +27,12 @@ def decode_one(archive: Archive, name: str) -> Tensor:
     Raises:
         MismatchError: no tensor has that name, or the file carries none.
     """
-    return _tensor(archive, find(archive, name))
+    number = find(archive, name)
+    return _tensor(archive, number, stored_array(archive, number))
 
 
-def _tensor(archive: Archive, number: int) -> Tensor:
+def _tensor(archive: Archive, number: int, array: np.ndarray) -> Tensor:
     record = archive.records[number]
-    array = stored_array(archive, number)
     source = archive.records[record.alias] if record.kind == "alias" else record
     tensor = torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
     if source.kind == "raw" and source.raw_dtype == "bfloat16":
@@ -72,7 +72,7 @@ def decode(archive: Archive, model: nn.Module | None = None) -> dict[str, Tensor
     if model is not None:
         bind(archive, model)
     archive.require_names()
-    return {str(r.name): _tensor(archive, i) for i, r in enumerate(archive.records)}
+    return {str(archive.records[i].name): _tensor(archive, i, array) for i, array in enumerate(stored_arrays(archive))}
 
 
 @overload

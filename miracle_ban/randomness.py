@@ -20,10 +20,11 @@ NORMAL_UNIT = 2.0**-20
 CODEBOOK, FLIPS, ROTATION, ORDER, ARRIVALS, TREE = range(6)  # purposes; ARRIVALS is the encoder's own and never decoded
 NORMALS_PER_CALL = 8
 
-_MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW, _WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
 _MASK = 0xFFFFFFFF
+_COUNTERS_AT_ONCE = 1 << 13  # they stay in the cache
 
 
 def stream(tensor: int, purpose: int) -> int:
@@ -39,20 +40,32 @@ def philox(seed: int, candidate: np.ndarray, block: np.ndarray, lane: np.ndarray
         candidate, block, lane: integers that broadcast together, below 2^32.
         stream_id: see `stream`.
     """
-    a, b, c = np.broadcast_arrays(*(np.asarray(v, np.uint64) for v in (candidate, block, lane)))
-    d = np.full(a.shape, stream_id, np.uint64)
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
-        p, q = a * _MULTIPLIER_0, c * _MULTIPLIER_1
-        a, b, c, d = (q >> _WORD) ^ b ^ np.uint64(k0), q & _LOW, (p >> _WORD) ^ d ^ np.uint64(k1), p & _LOW
-        k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
-    return np.stack([a, b, c, d], axis=-1).astype(np.uint32)
+    shape = np.broadcast(candidate, block, lane).shape
+    even, odd = np.empty((2, *shape), np.uint64), np.empty((2, *shape), np.uint64)
+    even[0], even[1], odd[0], odd[1] = candidate, lane, block, stream_id
+    even, odd = even.reshape(2, -1), odd.reshape(2, -1)
+    out = np.empty((even.shape[1], 4), np.uint32)
+    for first in range(0, len(out), _COUNTERS_AT_ONCE):
+        part = slice(first, first + _COUNTERS_AT_ONCE)
+        p, q = even[:, part], odd[:, part]
+        for key in _keys(seed):
+            product = (p * _MULTIPLIERS)[::-1]
+            p, q = (product >> _WORD) ^ q ^ key, product & _LOW
+        out[part, 0::2], out[part, 1::2] = p.T, q.T
+    return out.reshape(*shape, 4)
+
+
+@functools.lru_cache(16)
+def _keys(seed: int) -> np.ndarray:
+    """The keys of the ten rounds: uint64 `[10, 2, 1]`."""
+    low, high = seed & _MASK, seed >> 32 & _MASK
+    return np.array([[[low + i * _WEYL_0 & _MASK], [high + i * _WEYL_1 & _MASK]] for i in range(10)], np.uint64)
 
 
 def words(seed: int, candidate: np.ndarray | int, block: np.ndarray | int, stream_id: int, count: int) -> np.ndarray:
     """The first `count` 32-bit words for each (candidate, block): uint32 `[n, count]`, lane after lane."""
     candidate, block = np.broadcast_arrays(np.atleast_1d(candidate), np.atleast_1d(block))
-    lanes = np.arange(-(-count // 4))
+    lanes = np.arange(-(-count // 4), dtype=np.int64)
     drawn = philox(seed, candidate[:, None], block[:, None], lanes[None, :], stream_id)
     return drawn.reshape(len(candidate), -1)[:, :count]
 
@@ -91,5 +104,10 @@ def order(seed: int, tensor: int, count: int) -> np.ndarray:
     """A random order of `count` weights: int64 permutation, by sorting one 32-bit word each (ties by position)."""
     if count == 0:
         return np.zeros(0, np.int64)
-    drawn = words(seed, 0, np.arange(-(-count // 4)), stream(tensor, ORDER), 4).ravel()[:count]
-    return np.argsort(drawn, kind="stable").astype(np.int64)
+    drawn = words(seed, 0, np.arange(-(-count // 4), dtype=np.int64), stream(tensor, ORDER), 4).ravel()[:count]
+    keys = drawn.astype(np.uint64)
+    keys <<= _WORD
+    keys |= np.arange(count, dtype=np.uint64)  # no two are the same, and ties go by position
+    keys.sort()
+    keys &= _LOW
+    return keys.view(np.int64)

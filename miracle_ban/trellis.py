@@ -17,7 +17,7 @@ Leans on numpy and `randomness` only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +80,7 @@ def multiplier(steps: int) -> int:
 
 def shifts(seed: int, tensor: int, rate: Rate) -> np.ndarray:
     """The `b_j` of the columns: int64 `[width]`, each below T."""
-    drawn = randomness.words(seed, 0, np.arange(rate.width), randomness.stream(tensor, randomness.ORDER), 1)[:, 0]
+    drawn = randomness.words(seed, 0, np.arange(rate.width, dtype=np.int64), randomness.stream(tensor, randomness.ORDER), 1)[:, 0]
     return drawn.astype(np.int64) % rate.steps
 
 
@@ -88,13 +88,13 @@ def place(seed: int, tensor: int, rate: Rate, steps: np.ndarray) -> np.ndarray:
     """Positions of the weights of some steps in the tensor: int64 `[steps, width]`, -1 where there is none."""
     column = (multiplier(rate.steps) * np.asarray(steps, np.int64) % rate.steps)[:, None] + shifts(seed, tensor, rate)[None, :]
     column -= np.where(column >= rate.steps, rate.steps, 0)
-    at = column + rate.steps * np.arange(rate.width)[None, :]
+    at = column + rate.steps * np.arange(rate.width, dtype=np.int64)[None, :]
     return np.where(at < rate.count, at, -1)
 
 
 def signs(seed: int, tensor: int, first: int, stop: int) -> np.ndarray:
     """Sign bits of steps first .. stop - 1: uint8, 1 for minus. Step t has bit t mod 32 of word t / 32, four words a call."""
-    calls = np.arange(first // 128, -(-stop // 128))
+    calls = np.arange(first // 128, -(-stop // 128), dtype=np.int64)
     drawn = randomness.words(seed, 0, calls, randomness.stream(tensor, randomness.FLIPS), 4).astype("<u4")
     bits = np.unpackbits(drawn.view(np.uint8).ravel(), bitorder="little")
     skipped = first // 128 * 128
@@ -123,12 +123,13 @@ def decode_steps(seed: int, tensor: int, rate: Rate, memory: int, words: np.ndar
     Args:
         seed, tensor, rate, memory, log2_frames: of the code.
         words: the stream, from `words`.
-        starts: the tensor's column of `first_bits`.
+        starts: the tensor's part of `first_bits`.
     """
     total = rate.steps
     offset = starts - rate.bits_before(rate.first_step(np.arange(1 << log2_frames, dtype=np.int64), log2_frames))
     few = total < 1 << memory
-    needed = states(words, rate, offset, log2_frames, memory, np.arange(total)) if few else np.arange(1 << memory)
+    every = np.arange(total if few else 1 << memory, dtype=np.int64)
+    needed = states(words, rate, offset, log2_frames, memory, every) if few else every
     rows = codebook(seed, needed, rate.width)
     tables = [np.concatenate([rows[:, j], -rows[:, j]]) for j in range(rate.width)]
     sign, moved = signs(seed, tensor, 0, total), shifts(seed, tensor, rate).tolist()
@@ -155,12 +156,15 @@ def _columns_to_steps(steps: int) -> Iterator[tuple[int, np.ndarray]]:
         yield first, part
 
 
-def first_bits(rates: list[Rate], log2_frames: int) -> np.ndarray:
-    """Where in the stream each tensor's part of each frame begins: int64 `[frames, tensors]`."""
+def first_bits(rates: Sequence[Rate], log2_frames: int) -> Iterator[np.ndarray]:
+    """Where in the stream each frame of a tensor begins, tensor after tensor: int64 `[frames]` each."""
     frames = np.arange((1 << log2_frames) + 1, dtype=np.int64)
-    before = np.stack([r.bits_before(r.first_step(frames, log2_frames)) for r in rates], 1)
-    size = np.diff(before, axis=0)
-    return (np.cumsum(size.ravel()) - size.ravel()).reshape(size.shape)
+    first = np.zeros(1 << log2_frames, np.int64)
+    for r in rates:
+        first += r.bits_before(r.first_step(frames[:-1], log2_frames))
+    for r in rates:
+        yield first
+        first = first + np.diff(r.bits_before(r.first_step(frames, log2_frames)))
 
 
 def words(bits: np.ndarray) -> np.ndarray:

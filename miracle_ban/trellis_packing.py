@@ -79,7 +79,6 @@ class TrellisPacking(Packing):
             for i in coded:
                 archive.records[i].rate = Rate(*saved["rates"][i])
         self.rates = rates(archive)
-        self.path.locate(self.rates)
         self.features = Features(self.seed, self.path.memory, next(model.parameters()).device)
         self.total = sum(r.steps for r in self.rates.values())
         self.turns = self._turns()

@@ -75,7 +75,7 @@ def test_every_weight_is_in_one_step(rate, seed, tensor):
 def test_the_stream_is_the_frames_one_after_the_other(all_rates, log2_frames, memory, random):
     """The states of all steps, against reading the stream step by step."""
     bits = np.array([random.getrandbits(1) for _ in range(sum(r.bits for r in all_rates))], np.uint8)
-    starts, words = trellis.first_bits(all_rates, log2_frames), trellis.words(bits)
+    starts, words = np.stack(list(trellis.first_bits(all_rates, log2_frames)), 1), trellis.words(bits)
     frames = np.arange(1 << log2_frames)
     offset = [starts[:, i] - r.bits_before(r.first_step(frames, log2_frames)) for i, r in enumerate(all_rates)]
     states = [trellis.states(words, r, o, log2_frames, memory, np.arange(r.steps)) for r, o in zip(all_rates, offset, strict=True)]
