@@ -58,7 +58,9 @@ _MAX_RECORDS = 1 << 20
 _MAX_DIMENSIONS = 32
 _LONGEST_NAME = 2000
 _VALUES_PER_BIT = 1 << 12  # a file may declare at most this many values for each of its bits ...
-_FREE_VALUES = 1 << 24  # ... and this many whatever its size
+_FREE_VALUES = 1 << 24  # ... and this many whatever its size;
+_DRAWN_PER_BIT = 1 << 9  # of a file that declares shapes itself, at most so many weights are drawn for each of its bits ...
+_FREE_DRAWN = 1 << 22  # ... and so many whatever its size, which takes less than a second
 
 Kept = tuple[int | None, int | None]
 
@@ -126,13 +128,25 @@ class Archive:
     info: dict = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """The whole file."""
-        return _write(self)
+        """The whole file.
+
+        Raises:
+            MismatchError: it would declare more than a reader believes a file that carries names.
+        """
+        data = _write(self)
+        if self.names:
+            values = sum(math.prod(r.shape or ()) for r in self.records)
+            too_many = values > _most_values(len(data)) or _drawn(self) > _most_drawn(len(data))
+            if too_many or any(len(str(r.name)) > _LONGEST_NAME for r in self.records):
+                raise MismatchError(
+                    f"{values} values in {len(data)} bytes, or a name over {_LONGEST_NAME} letters: write this file with names=False"
+                )
+        return data
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file."""
-        return len(self.to_bytes())
+        """Size of the file, be it finished or not."""
+        return len(_write(self))
 
     def keys(self) -> list[str]:
         """Names of the tensors.
@@ -250,12 +264,6 @@ def _write(archive: Archive) -> bytes:
         r.bits = out.length - before
     out.align()
     body = out.to_bytes() + b"".join(r.data for r in archive.records if r.kind == "raw")
-    if archive.names:
-        values = sum(math.prod(r.shape or ()) for r in archive.records)
-        if values > max(_FREE_VALUES, _VALUES_PER_BIT * 8 * len(body)) or any(len(str(r.name)) > _LONGEST_NAME for r in archive.records):
-            raise MismatchError(
-                f"{values} values in {len(body)} bytes, or a name over {_LONGEST_NAME} letters: write this file with names=False"
-            )
     return MAGIC + b"%d" % FORMAT_VERSION + crc32(body).to_bytes(4, "little") + body
 
 
@@ -351,7 +359,7 @@ def parse(data: bytes) -> Archive:
     else:
         table = HuffmanTable.read(source)
     count = source.read_golomb(3, "the number of tensors", limit=min(_MAX_RECORDS, source.left))
-    heads = _read_names(source, count, 8 * len(data)) if names else [(None, None, None)] * count
+    heads = _read_names(source, count, len(data)) if names else [(None, None, None)] * count
     blocks: list[int] = []
     raw_bytes: list[int] = []
     kinds: list[str] = []
@@ -383,10 +391,12 @@ def parse(data: bytes) -> Archive:
         raise CorruptError(f"{source.left // 8} bytes stand after the end of the last tensor")
     if names:
         check_shapes(archive)
+        if (drawn := _drawn(archive)) > _most_drawn(len(data)):
+            raise CorruptError(f"{drawn} weights to be drawn for a file of {len(data)} bytes: more than this format allows")
     return archive
 
 
-def _read_names(source: BitReader, count: int, file_bits: int) -> list[tuple[str, tuple[int, ...], str]]:
+def _read_names(source: BitReader, count: int, file_bytes: int) -> list[tuple[str, tuple[int, ...], str]]:
     length = source.read_golomb(8, "the names", limit=source.left // 8)
     source.align()
     limit = 64 + 4096 * count
@@ -407,8 +417,8 @@ def _read_names(source: BitReader, count: int, file_bits: int) -> list[tuple[str
         shape = tuple(int(p) for p in parts)
         values += math.prod(shape)
         heads.append((dtype, shape, name))
-    if values > max(_FREE_VALUES, _VALUES_PER_BIT * file_bits):
-        raise CorruptError(f"{values} values declared by a file of {file_bits // 8} bytes: more than this format can hold in it")
+    if values > _most_values(file_bytes):
+        raise CorruptError(f"{values} values declared by a file of {file_bytes} bytes: more than this format can hold in it")
     if len({h[2] for h in heads}) != count:
         raise CorruptError("two tensors have the same name")
     return heads
@@ -485,6 +495,19 @@ def live_count(record: Record, live: tuple[int, ...]) -> int:
     if len(record.prior_codes) == 1:
         return math.prod(live) if record.prior_codes[0] else 0
     return int((record.prior_codes > 0).sum()) * math.prod(live[1:])
+
+
+def _drawn(archive: Archive) -> int:
+    """Weights that decoding draws."""
+    return sum(live_count(r, live) for r, live in zip(archive.records, resolve_kept(archive.records), strict=True) if r.kind == "coded")
+
+
+def _most_values(file_bytes: int) -> int:
+    return max(_FREE_VALUES, _VALUES_PER_BIT * 8 * file_bytes)
+
+
+def _most_drawn(file_bytes: int) -> int:
+    return max(_FREE_DRAWN, _DRAWN_PER_BIT * 8 * file_bytes)
 
 
 def octaves(index: np.ndarray) -> np.ndarray:

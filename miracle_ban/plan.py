@@ -117,7 +117,7 @@ def skeleton(model: nn.Module, *, coder: Coder, seed: int, names: bool, codes: d
 
 def side_bits(archive: Archive, table_bits: int = 45) -> int:
     """Bits of a skeleton that are not indices: header, records, raw tensors, and about `table_bits` for the octave table."""
-    return 8 * len(archive.to_bytes()) + (table_bits if archive.path is None else 0)
+    return 8 * archive.size_bytes + (table_bits if archive.path is None else 0)
 
 
 def carries_names(names: bool | None, model: nn.Module, budget_bits: float | None) -> bool:

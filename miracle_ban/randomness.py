@@ -105,9 +105,6 @@ def order(seed: int, tensor: int, count: int) -> np.ndarray:
     if count == 0:
         return np.zeros(0, np.int64)
     drawn = words(seed, 0, np.arange(-(-count // 4), dtype=np.int64), stream(tensor, ORDER), 4).ravel()[:count]
-    keys = drawn.astype(np.uint64)
-    keys <<= _WORD
-    keys |= np.arange(count, dtype=np.uint64)  # no two are the same, and ties go by position
-    keys.sort()
-    keys &= _LOW
-    return keys.view(np.int64)
+    low, high = ((drawn >> shift).astype(np.uint16) for shift in (np.uint32(0), np.uint32(16)))
+    first = np.argsort(low, kind="stable")  # by halves, as numpy sorts 16 bits by counting them
+    return first[np.argsort(high[first], kind="stable")].astype(np.int64, copy=False)

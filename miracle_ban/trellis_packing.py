@@ -100,7 +100,7 @@ class TrellisPacking(Packing):
         if budget_bits is None:
             return
         for _ in range(4):  # the rates themselves take a few bits, more or fewer
-            side, total = 8.0 * len(self.archive.to_bytes()), sum(wanted.values())
+            side, total = 8.0 * self.archive.size_bytes, sum(wanted.values())
             factor = min((budget_bits - side) / max(total, 1e-9), _LARGEST_FACTOR)
             for i, bits in wanted.items():
                 records[i].rate = Rate.of(self.count[i], bits * factor)
@@ -112,7 +112,7 @@ class TrellisPacking(Packing):
         largest_first = sorted(self.posterior, key=lambda i: -self.count[i])
         for _ in range(RATE_UNIT):
             stream = sum(r.bits for r in rates(self.archive).values())
-            spare = budget_bits - 8 * len(self.archive.to_bytes()) - 8 * -(-stream // 8)
+            spare = budget_bits - 8 * self.archive.size_bytes - 8 * -(-stream // 8)
             step, changed = 1 if spare >= 0 else -1, False
             for i in largest_first:
                 old = records[i].rate
