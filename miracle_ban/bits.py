@@ -142,12 +142,13 @@ class BitReader:
 
     def read_golomb(self, order: int = 0, what: str = "a number", limit: int = 1 << 62) -> int:
         """A value written by `write_golomb`, at most `limit`."""
-        zeros = 0
-        while not self.read(1, what):
-            zeros += 1
-            if zeros > 64:
-                raise CorruptError(f"{what}: no integer code begins with {zeros} zeros")
-        value = ((1 << (zeros + order)) | self.read(zeros + order, what)) - (1 << order)
+        first, used = divmod(self.position, 8)
+        ahead = self._data[first : first + 10]
+        width = 8 * len(ahead) - used
+        zeros = width - (int.from_bytes(ahead, "big") & ((1 << max(width, 0)) - 1)).bit_length()
+        if zeros > 64:
+            raise CorruptError(f"{what}: no integer code begins with {zeros} zeros")
+        value = self.read(2 * zeros + 1 + order, what) - (1 << order)
         if value > limit:
             raise CorruptError(f"{what} is {value}, over its limit of {limit}")
         return value
