@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import math
 import os
 import pathlib
 import random

@@ -1,25 +1,16 @@
-"""What the tests share: a tiny task, plain reference code, comparisons."""
+"""What the tests share: a tiny task, comparisons."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import math
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miracle_ban.container import Archive, prior_std, resolve_kept
-from miracle_ban.randomness import quantiles
-from miracle_ban.tree import quantile
-
 BUDGET = 200  # bytes that the fitted fixture is trained for
 FALSE_ALARM = 1e-6  # probability with which a right sampler fails a statistical test, were its seed not fixed
-
-_MASK = 0xFFFFFFFF
 
 
 class TinyNet(nn.Module):
@@ -80,125 +71,6 @@ def outputs_of(result: object) -> Tensor:
     """All floating-point tensors of a module's result as one flat float64 vector."""
     leaves = torch.utils._pytree.tree_leaves(result)
     return torch.cat([t.detach().double().flatten() for t in leaves if isinstance(t, Tensor)])
-
-
-def philox_by_hand(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10 in Python's own integers, straight from the paper's definition."""
-    a, b, c, d = counter
-    k0, k1 = key
-    for _ in range(10):
-        p, q = 0xD2511F53 * a, 0xCD9E8D57 * c
-        a, b, c, d = (q >> 32) ^ b ^ k0, q & _MASK, (p >> 32) ^ d ^ k1, p & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return a, b, c, d
-
-
-def words_by_hand(seed: int, candidate: int, block: int, stream: int, count: int) -> list[int]:
-    """The first `count` words of one (candidate, block, stream)."""
-    key = (seed & _MASK, seed >> 32)
-    drawn: list[int] = []
-    for lane in range(-(-count // 4)):
-        drawn.extend(philox_by_hand((candidate, block, lane, stream), key))
-    return drawn[:count]
-
-
-def normals_by_hand(table: np.ndarray, seed: int, candidate: int, block: int, stream: int, count: int) -> list[int]:
-    """Normals in units of 2^-20: each word's low half, then its high half, looked up in `table`."""
-    halves = [h for w in words_by_hand(seed, candidate, block, stream, -(-count // 2)) for h in (w & 0xFFFF, w >> 16)]
-    return [int(table[h]) for h in halves[:count]]
-
-
-def order_by_hand(seed: int, number: int, count: int) -> list[int]:
-    """The weights of a tensor in their random order."""
-    drawn = list(itertools.chain.from_iterable(words_by_hand(seed, 0, b, 16 * number + 3, 4) for b in range(-(-count // 4))))
-    return sorted(range(count), key=lambda i: (drawn[i], i))
-
-
-def blocks_by_hand(archive: Archive, number: int, count: int) -> list[np.float32]:
-    """The weights of a tensor that was coded by blocks, in units of the prior."""
-    record = archive.records[number]
-    blocks = len(record.index)
-    d = -(-count // blocks)
-    order = order_by_hand(archive.seed, number, count)
-    coded = [np.float32(0)] * count
-    for b, k in enumerate(record.index.tolist()):
-        own = d <= 8
-        z = normals_by_hand(quantiles(), archive.seed, k - 1, (b + 1) * own, 16 * number * own, d)
-        turn = words_by_hand(archive.seed, 0, b, 16 * number + 2, 1)[0] % d
-        signs = words_by_hand(archive.seed, 0, b, 16 * number + 1, -(-d // 32))
-        for j in range(d):
-            if j * blocks + b < count:
-                sign = -1 if signs[j // 32] >> j % 32 & 1 else 1
-                coded[order[j * blocks + b]] = np.float32(sign * z[(j - turn) % d] / 2**20)
-    return coded
-
-
-def node_by_hand(seed: int, number: int, block: int, node: int) -> np.float32:
-    """The value of a node of the search tree: a walk down by the bits of its number."""
-    words = words_by_hand(seed, 0, block, 16 * number + 5, 32)
-    low, high = 0, 1 << 32
-    for depth, turn in enumerate(bin(node)[3:]):
-        u = low + (words[depth] * (high - low) >> 32)
-        low, high = (min(u + 1, high), high) if turn == "1" else (low, u)
-    u = min(low + (words[node.bit_length() - 1] * (high - low) >> 32), (1 << 32) - 1)
-    return np.float32(quantile(np.array([u]))[0])
-
-
-def steps_by_hand(archive: Archive, number: int, count: int) -> list[np.float32]:
-    """The weights of a tensor that was coded by the trellis, in units of the prior, from the whole stream step by step."""
-    frames = 1 << archive.path.log2_frames
-    rates = {i: r.rate for i, r in enumerate(archive.records) if r.rate is not None}
-    coded = [np.float32(0)] * count
-    state = at = 0
-    for frame in range(frames):
-        for i, rate in rates.items():
-            total = -(-rate.count // rate.width)
-            for t in range(-(-frame * total // frames), -(-(frame + 1) * total // frames)):
-                new = (t + 1) * rate.rate // 64 - t * rate.rate // 64
-                for bit in archive.path.bits[at : at + new].tolist():
-                    state = (state << 1 | bit) % (1 << archive.path.memory)
-                at += new
-                if i != number:
-                    continue
-                sign = words_by_hand(archive.seed, 0, t // 128, 16 * i + 1, 4)[t // 32 % 4] >> t % 32 & 1
-                z = normals_by_hand(quantiles(), archive.seed, state, 0, 0, rate.width)
-                a = max(total * 2654435769 >> 32, 1)
-                while math.gcd(a, total) > 1:
-                    a += 1
-                for j in range(rate.width):
-                    shift = words_by_hand(archive.seed, 0, j, 16 * i + 3, 1)[0] % total
-                    place = j * total + (a * t + shift) % total
-                    if place < count:
-                        coded[place] = np.float32((-z[j] if sign else z[j]) / 2**20)
-    return coded
-
-
-def decode_by_hand(archive: Archive, number: int) -> np.ndarray:
-    """One coded tensor in Python's integers and one rounded product a weight, from the description of the format."""
-    record = archive.records[number]
-    live = resolve_kept(archive.records)[number]
-    std = [np.float32(s) for s in prior_std(record.prior_codes)]
-    row = int(np.prod(live[1:])) if len(live) > 1 else 1
-    units = (live[0] if live else 1) if len(std) > 1 else 1
-    row = row if len(std) > 1 else int(np.prod(live))
-    alive = [u for u in range(units) if std[u] > 0]
-    count = len(alive) * row
-    if not count:
-        return np.zeros(record.shape or (), np.float32)
-    if archive.path is not None:
-        coded = steps_by_hand(archive, number, count)
-    elif archive.coder.startswith("branch-and-bound"):
-        coded = [node_by_hand(archive.seed, number, b, k) for b, k in enumerate(record.index.tolist())]
-        coded = [c for _, c in sorted(zip(order_by_hand(archive.seed, number, count), coded, strict=True))]
-    else:
-        coded = blocks_by_hand(archive, number, count)
-    full = np.zeros(record.shape or (), np.float32)
-    flat = np.zeros((units, row), np.float32)
-    for i, u in enumerate(alive):
-        for j in range(row):
-            flat[u, j] = coded[i * row + j] * std[u]
-    full[tuple(slice(k) for k in live)] = flat.reshape(live)
-    return full
 
 
 def tensor_bytes(t: Tensor) -> bytes:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import helpers
 import numpy as np
+import reference_decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,9 +69,9 @@ def test_candidates_agree_with_plain_python(seed, tensor, block, index, d):
     """The definition, in integers: the block's sign, times a normal of the codebook's row, its columns rotated."""
     private = d <= LARGEST_PRIVATE_DIMENSION
     stream = 16 * tensor * private + randomness.CODEBOOK
-    row = helpers.normals_by_hand(randomness.quantiles(), seed, index - 1, (block + 1) * private, stream, d)
-    turn = helpers.words_by_hand(seed, 0, block, 16 * tensor + randomness.ROTATION, 1)[0] % d
-    signs = helpers.words_by_hand(seed, 0, block, 16 * tensor + randomness.FLIPS, -(-d // 32))
+    row = reference_decoder.normals(seed, index - 1, (block + 1) * private, stream, d)
+    turn = reference_decoder.words(seed, 0, block, 16 * tensor + randomness.ROTATION, 1)[0] % d
+    signs = reference_decoder.words(seed, 0, block, 16 * tensor + randomness.FLIPS, -(-d // 32))
     expected = [(1 - 2 * (signs[j // 32] >> j % 32 & 1)) * row[(j - turn) % d] for j in range(d)]
     values = candidate_values(seed, tensor, np.array([block]), np.array([index]), d)[0]
     assert values.dtype == np.float32
