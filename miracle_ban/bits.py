@@ -205,7 +205,7 @@ class HuffmanTable:
 
     def bits(self, symbols: np.ndarray) -> np.ndarray:
         """Codeword length of each symbol."""
-        return self.lengths[np.asarray(symbols) - self.first]
+        return self.lengths[np.asarray(symbols, np.int64) - self.first]
 
     def write(self, out: BitWriter) -> None:
         """The table itself: first symbol, number of symbols, first length, then differences of lengths."""
@@ -228,7 +228,7 @@ class HuffmanTable:
 
     def encode(self, out: BitWriter, symbols: np.ndarray) -> None:
         """Write the codewords of `symbols`."""
-        at = np.asarray(symbols) - self.first
+        at = np.asarray(symbols, np.int64) - self.first
         out.write_many(self.codes[at], self.lengths[at])
 
     def decode(self, source: BitReader, count: int) -> np.ndarray:

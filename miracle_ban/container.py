@@ -377,7 +377,7 @@ def parse(data: bytes) -> Archive:
                 raise CorruptError(
                     f"the file ends inside the index stream: {number} indices of {bits} bits wanted, {source.left} bits left"
                 )
-            r.index = source.read_many(np.full(number, bits), "the index stream") + 1
+            r.index = source.read_many(np.full(number, bits, np.int64), "the index stream") + 1
         else:
             octave = table.decode(source, number)
             if number and int(octave.max()) > 31:

@@ -145,7 +145,7 @@ def find(archive: Archive, name: str) -> int:
 def stored_arrays(archive: Archive) -> Iterator[np.ndarray]:
     """Each tensor as the file has it: coded and constant ones in float32, raw ones as stored, bfloat16 as its bits in uint16."""
     live, first = resolve_kept(archive.records), _first_bits(archive)
-    again = {r.alias: np.zeros(0) for r in archive.records if r.kind == "alias"}
+    again = {r.alias: np.zeros(0, np.float32) for r in archive.records if r.kind == "alias"}
     for i, r in enumerate(archive.records):
         array = again[r.alias].copy() if r.kind == "alias" else _stored(archive, i, live[i], next(first) if r.rate is not None else None)
         if i in again:

@@ -51,12 +51,12 @@ def _log(x: np.ndarray) -> np.ndarray:
     """Natural logarithm of positive numbers by its series in (m - 1) / (m + 1), m the mantissa."""
     mantissa, exponent = np.frexp(x)
     low = mantissa < 0.7071067811865476
-    mantissa, exponent = np.where(low, mantissa * 2.0, mantissa), exponent - low
+    mantissa, exponent = np.where(low, mantissa * 2.0, mantissa), exponent - low.astype(np.int32)
     s = (mantissa - 1.0) / (mantissa + 1.0)
     square, total = s * s, np.zeros_like(s)
     for k in range(21, 0, -2):
         total = total * square + 1.0 / k
-    return exponent * _LN2 + 2.0 * s * total
+    return exponent.astype(np.float64) * _LN2 + 2.0 * s * total
 
 
 def quantile(point: np.ndarray) -> np.ndarray:
@@ -91,5 +91,5 @@ def node_values(seed: int, tensor: int, blocks: np.ndarray, nodes: np.ndarray) -
         on = depth > d
         low = np.where(on & above, np.minimum(u + _ONE, high), low)
         high = np.where(on & ~above, u, high)
-    at = np.minimum(point(words[np.arange(len(nodes)), depth], low, high), np.uint64(0xFFFFFFFF))
+    at = np.minimum(point(words[np.arange(len(nodes), dtype=np.int64), depth], low, high), np.uint64(0xFFFFFFFF))
     return quantile(at).astype(np.float32)[:, None]

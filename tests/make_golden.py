@@ -14,7 +14,7 @@ import helpers
 import numpy as np
 
 from miracle_ban import decode
-from miracle_ban.container import FORMAT_VERSION, Archive, Path, Record, fingerprint, live_count, parse, rates, resolve_kept
+from miracle_ban.container import FORMAT_VERSION, RAW_DTYPES, Archive, Path, Record, fingerprint, live_count, parse, rates, resolve_kept
 from miracle_ban.randomness import words
 from miracle_ban.trellis import Rate
 
@@ -68,6 +68,18 @@ class Builder:
     def done(self) -> Archive:
         self.archive.fingerprint = fingerprint([(str(r.name), r.shape or ()) for r in self.archive.records])
         return self.archive
+
+
+def every_dtype(builder: Builder) -> Builder:
+    """Raw tensors of all dtypes, coded ones of all that weights come in, and repetitions of both."""
+    for i, (dtype, size) in enumerate(zip(RAW_DTYPES, (8, 4, 2, 2, 8, 4, 2, 1, 1, 1, 8, 16, 2, 4, 8, 1), strict=True)):
+        data = bytes((37 * i + 11 * j) % (2 if dtype == "bool" else 64) for j in range(2 * size))
+        builder.add(Record("raw", raw_dtype=dtype, data=data), f"raw.{dtype}", (2,), "uint8" if dtype == "opaque" else dtype)
+    for dtype in ("float64", "float32", "float16", "bfloat16"):
+        builder.coded(f"coded.{dtype}", (2, 3), 1, dtype=dtype)
+        builder.add(Record("constant", constant=1), f"one.{dtype}", (2,), dtype)
+    builder.add(Record("alias", alias=3), "again.bfloat16", (2,), "bfloat16").add(Record("alias", alias=17), "again.one", (2,), "float64")
+    return builder.raw("single_of_half", np.array([0.5, -3.0], np.float16), "bfloat16", "float16")
 
 
 def archives() -> dict[str, Archive]:
@@ -149,7 +161,31 @@ def archives() -> dict[str, Archive]:
         .coded("weight", (9, 5), 45)
         .coded("bias", (9,), 7, codes=[0, 180, 181, 182, 182, 183, 184, 190, 0]),
         "nothing": Builder(seed=14, names=True),
+        "rejection": Builder("rejection", seed=19).coded("weight", (4, 9), 3).coded("bias", (4,), 1),
+        "ordered_random": Builder("ordered-random", seed=20).coded("weight", (4, 9), 3).coded("bias", (4,), 1),
+        "parallel_gprs": Builder("parallel-gprs", seed=21).coded("weight", (4, 9), 3).coded("bias", (4,), 1),
+        "branch_and_bound_a_star": Builder("branch-and-bound-a-star", seed=22, octaves=20).coded("weight", (3, 5), 15, kept=(3, 5)),
+        "dtypes": every_dtype(Builder(seed=23, names=True)),
+        "empty": Builder(seed=24)
+        .coded("none", (0, 3), 1)
+        .coded("none_bias", (0,), 1, codes=[0])
+        .coded("kept_none", (4, 3), 1, kept=(0, None))
+        .coded("follows", (4,), 1)
+        .coded("some", (3, 2), 2, codes=[0, 17, 254])
+        .add(Record("alias", alias=4), "again", (3, 2)),
+        "empty_trellis": Builder("trellis", seed=25)
+        .steps("none", (0, 3), (1, 64))
+        .steps("some", (5, 2), (3, 90))
+        .steps("dropped", (5,), (256, 512), codes=[0])
+        .path(1, 15),
+        "long": Builder(seed=26).coded("weight", (200, 200), 10).coded("bias", (33_000,), 9, codes=[201]),
+        "long_trellis": Builder("trellis", seed=27).steps("weight", (300, 40), (1, 65)).steps("wide", (200, 256), (251, 66)).path(7, 5),
     }
+    for memory in range(1, 21):
+        steps = (
+            Builder("trellis", seed=100 + memory).steps("weight", (10, 7), (1 + memory % 3, 64 + 9 * memory)).steps("bias", (10,), (1, 64))
+        )
+        made[f"memory_{memory:02}"] = steps.path(memory, memory % 5)
     return {f"v{FORMAT_VERSION}_{name}.mban": builder.done() for name, builder in made.items()}
 
 

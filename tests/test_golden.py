@@ -12,7 +12,8 @@ from reference_decoder import File
 
 from miracle_ban import decode
 from miracle_ban import open as open_archive
-from miracle_ban.container import CODERS, FORMAT_VERSION, parse
+from miracle_ban.container import CODERS, FORMAT_VERSION, RAW_DTYPES, TREES, live_count, parse, resolve_kept
+from miracle_ban.decode import bind_entries
 
 FILES = sorted(p.name for p in make_golden.FOLDER.glob("v*_*.mban"))
 
@@ -79,10 +80,39 @@ def test_the_golden_files_cover_the_format():
                       "branch-and-bound-gprs", "branch-and-bound-a-star")  # fmt: skip
     assert {r.kind for r in records} == {"coded", "constant", "raw", "alias"}
     assert {a.names for a in archives} == {True, False}
-    assert {"gprs", "minimal-random", "trellis", "branch-and-bound-gprs"} <= {a.coder for a in archives}
+    assert {a.coder for a in archives} == set(CODERS)
+    assert {r.raw_dtype for r in records if r.kind == "raw"} == set(RAW_DTYPES)
+    assert {a.path.memory for a in archives if a.path is not None} == set(range(1, 21))
+    assert {a.path.log2_frames for a in archives if a.path is not None} >= {0, 1, 2, 3, 4, 5, 15}
+    assert {a.records[r.alias].kind for a in archives for r in a.records if r.kind == "alias"} == {"coded", "constant", "raw"}
+    assert {r.rate.width for r in records if r.rate is not None} >= {1, 2, 3, 256}
+    assert {r.rate.rate for r in records if r.rate is not None} >= {64, 65, 512}
     assert {a.path.log2_frames > 0 for a in archives if a.path is not None} == {True, False}
     assert max(a.seed for a in archives) == (1 << 64) - 1
     assert any(len(r.prior_codes) > 1 and (r.prior_codes == 0).any() and (r.prior_codes > 0).any() for r in records)
     assert any(r.kept[1] is not None for r in records)
     assert any(r.kept[0] is not None and r.kept[1] is None for r in records)
     assert max(int(r.index.max(initial=0)) for r in records) > 1 << 28
+
+
+def test_the_golden_files_cover_the_shapes_of_tensors(manifest):
+    """Empty and dropped ones, kept corners and their followers, blocks of all kinds, and steps that are fewer and more than the states."""
+    seen = set()
+    for name in FILES:
+        archive = open_archive(make_golden.FOLDER / name)
+        bind_entries(archive, entries(manifest[name]))
+        for r, live in zip(archive.records, resolve_kept(archive.records), strict=True):
+            if r.kind != "coded":
+                continue
+            count = live_count(r, live)
+            seen |= {"no axes" if not r.shape else "empty shape" if 0 in r.shape else "nothing drawn" if not count else "drawn"}
+            seen |= {"follows"} if live != r.shape and r.kept == (None, None) else set()
+            if r.rate is not None and count:
+                seen |= {"more steps than states" if r.rate.steps >= 1 << archive.path.memory else "fewer steps than states"}
+            elif count and archive.coder not in TREES:
+                seen |= {"private" if -(-count // len(r.index)) <= 8 else "shared"} | ({"uneven"} if count % len(r.index) else set())
+            seen |= {"over 32,768"} if count > 32768 else set()
+    assert seen == {
+        "no axes", "empty shape", "nothing drawn", "drawn", "over 32,768", "follows", "private", "shared", "uneven",
+        "more steps than states", "fewer steps than states",
+    }  # fmt: skip
