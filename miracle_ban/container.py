@@ -402,11 +402,12 @@ def _read_names(source: BitReader, count: int, file_bytes: int) -> list[tuple[st
     limit = 64 + 4096 * count
     try:
         unpacker = zlib.decompressobj()
-        lines = unpacker.decompress(source.read_bytes(length, "the names"), limit).decode().split("\n")
+        text = unpacker.decompress(source.read_bytes(length, "the names"), limit)
+        if not unpacker.eof or text.count(b"\n") != count or not text.endswith(b"\n" if count else b""):
+            raise CorruptError(f"the names are not {count} lines")
+        lines = text.decode().split("\n")[:-1]
     except (zlib.error, UnicodeDecodeError) as error:
         raise CorruptError(f"the names cannot be read: {error}") from None
-    if not unpacker.eof or len(lines) != count + 1 or lines.pop():
-        raise CorruptError(f"the names are not {count} lines")
     heads, values = [], 0
     for line in lines:
         dtype, _, rest = line.partition(" ")

@@ -74,11 +74,11 @@ def every_dtype(builder: Builder) -> Builder:
     """Raw tensors of all dtypes, coded ones of all that weights come in, and repetitions of both."""
     for i, (dtype, size) in enumerate(zip(RAW_DTYPES, (8, 4, 2, 2, 8, 4, 2, 1, 1, 1, 8, 16, 2, 4, 8, 1), strict=True)):
         data = bytes((37 * i + 11 * j) % (2 if dtype == "bool" else 64) for j in range(2 * size))
-        builder.add(Record("raw", raw_dtype=dtype, data=data), f"raw.{dtype}", (2,), "uint8" if dtype == "opaque" else dtype)
+        builder.add(Record("raw", raw_dtype=dtype, data=data), f"raw_{dtype}", (2,), "uint8" if dtype == "opaque" else dtype)
     for dtype in ("float64", "float32", "float16", "bfloat16"):
-        builder.coded(f"coded.{dtype}", (2, 3), 1, dtype=dtype)
-        builder.add(Record("constant", constant=1), f"one.{dtype}", (2,), dtype)
-    builder.add(Record("alias", alias=3), "again.bfloat16", (2,), "bfloat16").add(Record("alias", alias=17), "again.one", (2,), "float64")
+        builder.coded(f"coded_{dtype}", (2, 3), 1, dtype=dtype)
+        builder.add(Record("constant", constant=1), f"one_{dtype}", (2,), dtype)
+    builder.add(Record("alias", alias=3), "again_bfloat16", (2,), "bfloat16").add(Record("alias", alias=17), "again_one", (2,), "float64")
     return builder.raw("single_of_half", np.array([0.5, -3.0], np.float16), "bfloat16", "float16")
 
 
