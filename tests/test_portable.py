@@ -42,8 +42,8 @@ NUMPY = {
 WITH_DTYPE = {"arange": 2, "array": 2, "asarray": 2, "empty": 2, "frombuffer": 2, "full": 3, "zeros": 2}  # arguments, the dtype the last
 METHODS = {
     "any", "all", "max", "min", "astype", "copy", "newbyteorder", "ravel", "reshape", "sum", "tolist", "view",  # of arrays
-    "encode", "append", "bit_length", "decode", "decompress", "decompressobj", "from_bytes", "get", "isascii", "isdigit", "items", "join",
-    "keys", "partition", "pop", "read_bytes", "split", "startswith", "values", "index", "add",  # of the standard library
+    "encode", "append", "bit_length", "count", "decode", "decompress", "decompressobj", "endswith", "from_bytes", "get", "isascii",
+    "isdigit", "items", "join", "keys", "partition", "pop", "read_bytes", "split", "startswith", "values", "index", "add",  # of others
 }  # fmt: skip
 MATH = {"prod", "gcd"}
 IMPORTS = {
