@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     from .decode import decode_array, decode_arrays, open, save
     from .encode import compress, encode
     from .errors import MiracleError
+    from .hub import fetch, load_pretrained
     from .layers import kl
     from .load import decode, load
+    from .penalty import Penalty
     from .train import FitReport, fit
 
 __version__ = "0.1.0"
 __all__ = [
-    "BayesianAttention", "FitReport", "MiracleError", "__version__", "compress", "convert", "decode", "decode_array", "decode_arrays",
-    "encode", "fit", "kl", "load", "open", "save",
+    "BayesianAttention", "FitReport", "MiracleError", "Penalty", "__version__", "compress", "convert", "decode", "decode_array",
+    "decode_arrays", "encode", "fetch", "fit", "kl", "load", "load_pretrained", "open", "save",
 ]  # fmt: skip
 
 _NAMES = {
@@ -38,8 +40,10 @@ _NAMES = {
     "decode": ["decode_array", "decode_arrays", "open", "save"],
     "encode": ["compress", "encode"],
     "errors": ["MiracleError"],
+    "hub": ["fetch", "load_pretrained"],
     "layers": ["kl"],
     "load": ["decode", "load"],
+    "penalty": ["Penalty"],
     "train": ["FitReport", "fit"],
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
