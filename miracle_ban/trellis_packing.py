@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import trellis
+from . import distributed, trellis
 from .bits import NATS_PER_BIT
 from .coders.trellis import OVERLAP, SEGMENT, Features, StepLaw, Trellis, best_path, emitted_bits, path_bits, step_bits, viterbi
 from .container import Archive, Path, rates
@@ -160,7 +160,7 @@ class TrellisPacking(Packing):
                 laws[number] = self._law(number)
             if min(at_once, stop - first) > 2 * SEGMENT:
                 stop = min(stop, first + at_once)
-                states, _ = best_path(laws[number], self.state_before, first, stop)
+                states, _ = best_path(laws[number], self.state_before, first, stop, distributed.spread)
                 self._commit(number, first, states, path_bits(laws[number], states, first))
                 pieces = _after(pieces, [(number, first, stop)])
                 continue
@@ -179,7 +179,9 @@ class TrellisPacking(Packing):
         assert self.reconstruction
         rate = self.rates[number]
         kl_bits = self.efficiency * (rate.bits - rate.bits_before(step))
-        (self.reconstruction.update if step else self.reconstruction.begin)(self.posterior[number].name, kl_bits)
+        p = self.posterior[number]
+        (self.reconstruction.update if step else self.reconstruction.begin)(p.name, kl_bits)
+        distributed.synchronise([p.mean, p.log_std])
 
     def _search(self, pieces: list[Piece], beyond: list[Piece], laws: dict[int, StepLaw]) -> None:
         """Find the best path through `pieces`, with what follows in view, and commit it."""
