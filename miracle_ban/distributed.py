@@ -62,7 +62,7 @@ def _talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first = str(error).strip().partition("\n")[0]
+        first = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise MiracleError(
             f"rank {rank()} of {world_size()} lost the others ({first}): a process has died, or did not make this call too; "
             "start all of them again, with the same checkpoint if there is one"

@@ -111,7 +111,7 @@ class Reconstruction:
         for name, p in posteriors(self.model).items():
             self.begin(name, None)
             part[name] = min(float(p.kl()) / max(before[name], _LEAST), _LARGEST_PART_OF_KL)
-            noise = torch.randn(p.mean.shape, generator=generator).to(p.mean)
+            noise = torch.randn(p.mean.shape, generator=generator, device="cpu").to(p.mean)
             p.fix(torch.arange(p.mean.numel(), device=p.mean.device), (p.mean + p.log_std.exp() * noise).flatten())
         self.model = real
         self.allocate(kl_bits * sum(before.values()) / sum(part[name] * v for name, v in before.items()))
@@ -308,7 +308,7 @@ def _rows(layer: nn.Module, inputs: list[Tensor], batches: int, generator: torch
     wide = views[0][(0,) * len(size)].numel()
     number = math.prod(size)
     most = -(-max(_ROWS, _ROWS_PER_INPUT * wide) // batches)
-    at = torch.randperm(number, generator=generator)[:most] if number > most else torch.arange(number)
+    at = torch.randperm(number, generator=generator, device="cpu")[:most] if number > most else torch.arange(number, device="cpu")
     places = tuple(i.to(inputs[0].device) for i in torch.unravel_index(at, size))
     return [v[places].reshape(len(at), _number_of_parts(layer), -1).transpose(0, 1).float() for v in views]
 

@@ -624,7 +624,7 @@ def _unit_gradient(model: nn.Module, link: Link) -> Tensor:
 def _drop_until(model: nn.Module, relevance: dict[Link, Tensor], goal: float) -> int:
     """Drop the least relevant unit per weight, over all links, until at most `goal` weights are live."""
     held = posteriors(model)
-    keep = {link: torch.arange(len(r)) for link, r in relevance.items()}
+    keep = {link: torch.arange(len(r), device=r.device) for link, r in relevance.items()}
 
     def cost(link: Link) -> int:
         weight, consumer = held[f"{link.producer}.weight"], held[f"{link.consumer}.weight"]
@@ -642,7 +642,7 @@ def _drop_until(model: nn.Module, relevance: dict[Link, Tensor], goal: float) ->
         link = min(choices)[2]
         live -= cost(link)
         worst = relevance[link][keep[link]].argmin()
-        keep[link] = keep[link][torch.arange(len(keep[link])) != worst]
+        keep[link] = keep[link][torch.arange(len(keep[link]), device=worst.device) != worst]
     for link, units in keep.items():
         if len(units) < len(relevance[link]):
             drop_units(model, link, units)

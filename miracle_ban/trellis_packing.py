@@ -198,7 +198,7 @@ class TrellisPacking(Packing):
                     found.append(laws[i].scores(const[a:b], factors[a:b]))
             return torch.cat(found)[:, None, :]
 
-        states, _ = viterbi(scores, new_bits, 1, self.path.memory, torch.tensor([self.state_before]), None)
+        states, _ = viterbi(scores, new_bits, 1, self.path.memory, torch.tensor([self.state_before], device="cpu"), None)
         found = states[:, 0].cpu().numpy()
         for (i, first, _), at, until in zip(pieces, edges[: len(pieces)], edges[1:], strict=False):
             own = found[at:until]

@@ -183,9 +183,9 @@ def viterbi(
     first = scores(0, min(chunk, len(new_bits)))
     device = first.device
     if start is None:
-        total = torch.zeros(sequences, size, device=device)
+        total = torch.zeros(sequences, size, dtype=first.dtype, device=device)
     else:
-        total = torch.full((sequences, size), -torch.inf, device=device).scatter_(1, start[:, None].to(device), 0.0)
+        total = torch.full((sequences, size), -torch.inf, dtype=first.dtype, device=device).scatter_(1, start[:, None].to(device), 0.0)
     back: list[Tensor] = []
     for i in range(0, len(new_bits), chunk):
         block = first if i == 0 else scores(i, min(i + chunk, len(new_bits)))
