@@ -54,13 +54,13 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
-def trained(coder: str | Coder, budget: int = 130, **options: Any) -> Callable[[Path, Path | None], None]:
+def trained(coder: str | Coder, **options: Any) -> Callable[[Path, Path | None], None]:
     """Fit, refine, save."""
 
     def work(folder: Path, checkpoint: Path | None) -> None:
         own = {"fit_options": {"narrow_epochs": 1.4}, "encode_options": {"rounds": 4, "refine_steps": 3}, **options}
         archive = miracle_ban.compress(
-            network(), loader(), F.cross_entropy, budget=budget, epochs=10, coder=coder, checkpoint=checkpoint, **own, **QUIET
+            network(), loader(), F.cross_entropy, budget=130, epochs=10, coder=coder, checkpoint=checkpoint, **own, **QUIET
         )
         miracle_ban.save(archive, folder / FILE)
 
@@ -94,7 +94,7 @@ def overwritten(folder: Path, _: Path | None) -> None:
 
 
 JOBS: dict[str, Callable[[Path, Path | None], None]] = {
-    "gprs": trained("gprs"), "trellis": trained(TRELLIS), "gprs, per unit": trained("gprs", 180, per_unit=True),
+    "gprs": trained("gprs"), "trellis": trained(TRELLIS), "gprs, per unit": trained("gprs", per_unit=True),
     "trellis, per unit": trained(TRELLIS, per_unit=True), "untrained": untrained, "attention": specialised, "save": overwritten,
 }  # fmt: skip
 
