@@ -25,24 +25,19 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import miracle_ban
-from miracle_ban import BayesianAttention, MiracleError, convert, encode, fit
+from miracle_ban import BayesianAttention, MiracleError, convert, distributed, encode, fit
+from miracle_ban.coders import Trellis
 from miracle_ban.layers import posteriors
 
 QUIET = {"progress": False}
+TRELLIS = Trellis(memory=10)
 IMAGES, LABELS = helpers.blobs(256, seed=0)
 
 
 def network() -> nn.Module:
-    """A trained network, the same in every process."""
+    """The same in every process."""
     torch.manual_seed(0)
-    net = helpers.TinyNet()
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    for _ in range(8):
-        for rows in torch.randperm(256).split(32):
-            optimizer.zero_grad()
-            F.cross_entropy(net(IMAGES[rows]), LABELS[rows]).backward()
-            optimizer.step()
-    return net
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 3))
 
 
 def plain() -> DataLoader:
@@ -53,7 +48,7 @@ def plain() -> DataLoader:
 def sharded() -> DataLoader:
     """A loader of this process's share."""
     data = TensorDataset(IMAGES, LABELS)
-    return DataLoader(data, batch_size=32, sampler=DistributedSampler(data, seed=7))
+    return DataLoader(data, batch_size=32, sampler=DistributedSampler(data, dist.get_world_size(), dist.get_rank(), seed=7))
 
 
 def posterior_digest(bnn: nn.Module) -> str:
@@ -67,8 +62,8 @@ def sha(data: bytes) -> str:
 
 
 def trained(bnn: nn.Module, batches: Any, **options: Any) -> miracle_ban.FitReport:
-    """Fit to 260 bytes."""
-    return fit(bnn, batches, F.cross_entropy, **{"budget": 260, "epochs": 16, "coder": "trellis", **options, **QUIET})
+    """Fit to 150 bytes."""
+    return fit(bnn, batches, F.cross_entropy, **{"budget": 150, "epochs": 10, "coder": TRELLIS, **options, **QUIET})
 
 
 def fitting(rank: int, folder: Path) -> dict[str, Any]:
@@ -82,7 +77,7 @@ def fitting(rank: int, folder: Path) -> dict[str, Any]:
             noise.append(float(out.detach().sum()))
             return F.cross_entropy(out, y)
 
-        report = fit(bnn, batches, watched, budget=200, epochs=8, coder="trellis", weights_per_bit=0.4, **QUIET)
+        report = fit(bnn, batches, watched, budget=100, epochs=8, coder=TRELLIS, weights_per_bit=0.4, **QUIET)
         told[name] = {
             "digest": posterior_digest(bnn), "history": sha(json.dumps(report.history).encode()), "steps": report.steps,
             "examples": report.num_examples, "seen": sum(seen), "noise": noise[-1], "widths": report.widths, "beta": report.beta,
@@ -105,52 +100,60 @@ def sharing(rank: int, folder: Path) -> dict[str, Any]:
     return {"passes": passes, "examples": feed.num_examples}
 
 
-def coding(rank: int, folder: Path) -> dict[str, Any]:
-    """`encode` by every coder, with refinement and without; the files must not depend on the number of processes."""
-    told = {}
+def searching(rank: int, folder: Path) -> dict[str, Any]:
+    """`encode` without training; the files must not depend on the number of processes."""
+    told: dict[str, Any] = {}
     torch.manual_seed(5)
-    large = nn.Sequential(nn.Linear(150, 300), nn.ReLU(), nn.Linear(300, 10))
-    for coder in ("gprs", "trellis"):
+    large = nn.Sequential(nn.Linear(150, 200), nn.ReLU(), nn.Linear(200, 10))
+    for coder in ("gprs", "minimal-random", TRELLIS):
         bnn = convert(large, per_unit=True)
         with torch.no_grad():
             for p in posteriors(bnn).values():
-                p.log_std.fill_(float((0.75 * p.mean.square().mean().sqrt()).log()))
-        told[f"{coder}, as it is"] = sha(encode(bnn, coder=coder, block_bits=6.0, **QUIET).to_bytes())
+                p.log_std.fill_(float((1.5 * p.mean.square().mean().sqrt()).log()))
+        archive = encode(bnn, coder=coder, block_bits=5.0, **QUIET)
+        told[archive.coder] = sha(archive.to_bytes())
+    told["untrained"] = sha(miracle_ban.compress(network(), inputs=IMAGES[:64], budget=300, coder=TRELLIS, **QUIET).to_bytes())
+    size = miracle_ban.save(archive, folder / "net.mban")
+    return {"files": told, "saved": sha((folder / "net.mban").read_bytes()) == sha(archive.to_bytes()), "size": size == archive.size_bytes}
+
+
+def refining(rank: int, folder: Path) -> dict[str, Any]:
+    """`encode` with refinement: by everyone alike on plain batches, together on shares."""
+    told: dict[str, Any] = {}
+    for coder in ("gprs", TRELLIS):
         bnn = convert(network())
-        with miracle_ban.distributed.apart():
+        with distributed.apart():
             trained(bnn, plain(), coder=coder)
-        archive = encode(bnn, plain(), F.cross_entropy, coder=coder, rounds=4, refine_steps=5, **QUIET)
-        told[f"{coder}, refined"] = sha(archive.to_bytes())
-    told["untrained"] = sha(miracle_ban.compress(network(), inputs=IMAGES[:64], budget=700, **QUIET).to_bytes())
-    told["saved"] = [miracle_ban.save(archive, folder / "net.mban"), archive.size_bytes]
+        archive = encode(bnn, plain(), F.cross_entropy, coder=coder, rounds=3, refine_steps=4, **QUIET)
+        told[archive.coder] = sha(archive.to_bytes())
     bnn = convert(network())
-    trained(bnn, sharded())
-    archive = encode(bnn, sharded(), F.cross_entropy, coder="trellis", rounds=4, refine_steps=5, **QUIET)
-    return {
-        "same": told,
-        "sharded": sha(archive.to_bytes()),
-        "posteriors": posterior_digest(bnn),
-        "file": sha((folder / "net.mban").read_bytes()),
-    }
+    trained(bnn, sharded() if dist.is_initialized() else plain())
+    both = sharded() if dist.is_initialized() else plain()
+    archive = encode(bnn, both, F.cross_entropy, budget=400, coder=TRELLIS, rounds=3, refine_steps=4, **QUIET)
+    return {"files": told, "sharded": sha(archive.to_bytes()), "posteriors": posterior_digest(bnn)}
 
 
 def attending(rank: int, folder: Path) -> dict[str, Any]:
     """With attention, each process on contexts of its own; then a package for a context."""
     net = network()
     bnn, ban = convert(net), BayesianAttention(net)
-    fit(bnn, plain(), F.cross_entropy, budget=400, epochs=24, coder="trellis", attention=ban, **QUIET)
+    fit(bnn, plain(), F.cross_entropy, budget=200, epochs=10, coder=TRELLIS, attention=ban, **QUIET)
     general = ban.general.tolist()
-    archive = encode(bnn, context=IMAGES[LABELS < 2], budget=350, coder="trellis", rounds=4, refine_steps=5, **QUIET)
-    return {"digest": posterior_digest(bnn), "general": general, "file": sha(archive.to_bytes())}
+    archive = encode(bnn, context=IMAGES[LABELS < 2], budget=200, coder=TRELLIS, rounds=2, refine_steps=5, **QUIET)
+    return {"posteriors": posterior_digest(bnn), "general": general, "file": sha(archive.to_bytes())}
 
 
 def faulty(rank: int, folder: Path) -> dict[str, Any]:
     """Faults of one process are told to all: another network, a loss that fails, too few batches, a folder that is not there."""
     told = {}
     torch.manual_seed(rank)
-    cases = {
+
+    def poisoned(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(out, y) * (float("nan") if rank else 1.0)
+
+    cases: dict[str, Any] = {
         "network": lambda: trained(convert(nn.Sequential(nn.Flatten(), nn.Linear(64, 3 + rank))), plain()),
-        "nan": lambda: trained(convert(network()), plain(), learning_rate=float("nan") if rank else 1e-3, beta=1.0, budget=None, epochs=1),
+        "nan": lambda: fit(convert(network()), plain(), poisoned, epochs=1, **QUIET),
         "few": lambda: trained(convert(network()), [(IMAGES, LABELS)]),
         "folder": lambda: trained(convert(network()), plain(), checkpoint=folder / "missing" / "state", epochs=1),
     }
@@ -169,12 +172,12 @@ def dying(rank: int, folder: Path) -> dict[str, Any]:
 
     def loss(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         calls.append(time.monotonic())
-        if rank == dist.get_world_size() - 1 and len(calls) == 40:
+        if rank == dist.get_world_size() - 1 and len(calls) == 18:
             os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
         return F.cross_entropy(out, y)
 
     try:
-        fit(bnn, plain(), loss, budget=260, epochs=16, coder="trellis", checkpoint=folder / "state.fit", **QUIET)
+        fit(bnn, plain(), loss, budget=150, epochs=10, coder=TRELLIS, checkpoint=folder / "state.fit", **QUIET)
     except MiracleError as error:
         return {"error": str(error), "seconds": time.monotonic() - calls[-1], "resumable": (folder / "state.fit").exists()}
     return {"error": None}
@@ -215,17 +218,9 @@ def main() -> None:
             p.start()
         for p in started:
             p.join()
-        told = [folder / f"{scenario}-{processes}-{r}.json" for r in range(processes)]
-        print(
-            json.dumps(
-                {
-                    "asked": asked,
-                    "status": [p.exitcode for p in started],
-                    "told": [json.loads(t.read_text()) if t.exists() else None for t in told],
-                }
-            ),
-            flush=True,
-        )
+        files = [folder / f"{scenario}-{processes}-{r}.json" for r in range(processes)]
+        told = [json.loads(file.read_text()) if file.exists() else None for file in files]
+        print(json.dumps({"asked": asked, "status": [p.exitcode for p in started], "told": told}), flush=True)
 
 
 if __name__ == "__main__":
