@@ -69,11 +69,11 @@ class Subsets:
                 "contexts are sets of classes, but the targets are not classes: give BayesianAttention(contexts=Subsets(groups))"
             )
         present = group.unique()
-        if float(torch.rand(())) < self.everything and frozenset(present.tolist()) not in self.excluded:
+        if float(torch.rand((), device="cpu")) < self.everything and frozenset(present.tolist()) not in self.excluded:
             return torch.ones_like(group, dtype=torch.bool)
         for _ in range(100):
-            size = int(torch.randint(1, max(2, len(present)), ()))
-            chosen = present[torch.randperm(len(present))[:size]]
+            size = int(torch.randint(1, max(2, len(present)), (), device="cpu"))
+            chosen = present[torch.randperm(len(present), device="cpu")[:size]]
             if frozenset(chosen.tolist()) not in self.excluded:
                 return torch.isin(group, chosen)
         raise MiracleError("every set of groups is excluded: no context is left to train on")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import distributed
 from .bits import NATS_PER_BIT
 from .blocks import layout
 from .coders.base import BlockCoder, Codebook
@@ -25,6 +26,9 @@ from .layers import Posterior, posteriors
 from .packing import Goal, Packing, gather, live_positions
 from .plan import kl_bits_by_tensor, num_blocks, predicted_index_bits
 
+_WAITING, _NOTHING = 0, -1  # in place of the number of a round: not coded yet, and no weight to code
+_SEARCHED_AT_ONCE = 4096  # blocks of one tensor, by one process
+_LONGEST_SEARCH = 64.0  # bits of KL, where its work is estimated
 _OVERHEAD_SLOPE = -0.25  # bits of overhead for each bit of KL that a block has more than the others: measured with GPRS
 
 
@@ -36,9 +40,14 @@ class TensorBlocks:
     posterior: Posterior
     place: np.ndarray  # [blocks, d] positions in the flattened live tensor, -1 where a block is short
     index: np.ndarray
-    coded: np.ndarray
+    turn: np.ndarray  # the round in which each was coded, from 1
     kl_bits: np.ndarray  # at the time of coding
     log2_ratio: np.ndarray
+
+    @property
+    def coded(self) -> np.ndarray:
+        """Which blocks are coded."""
+        return self.turn != _WAITING
 
 
 class BlockPacking(Packing):
@@ -71,8 +80,9 @@ class BlockPacking(Packing):
         if goal_bits is not None and coder.fixed_length_bits is not None and saved is None:
             block_bits = _affordable_block_bits(model, coder, block_bits, goal_bits)
         self.block_bits = block_bits if saved is None else saved["block_bits"]
-        self.rounds: list[list[tuple[TensorBlocks, np.ndarray]]] = []  # the blocks coded in each
+        self.turn = 0  # rounds so far
         self.tensors = [self._divide(model, archive, i, saved) for i, r in enumerate(archive.records) if r.kind == "coded"]
+        self._by_number = {t.number: t for t in self.tensors}
         self.total = sum(len(t.index) for t in self.tensors)
         if goal_bits is not None:
             # the last round cannot be corrected: keep back what its codewords may vary by
@@ -91,8 +101,8 @@ class BlockPacking(Packing):
         place = layout(self.seed, number, len(free), blocks)
         place = np.where(place >= 0, free[place] if len(free) else place, -1)
         zeros = np.zeros(blocks)
-        coded = np.full(blocks, not len(free))
-        return TensorBlocks(number, p, place, np.ones(blocks, np.int64), coded, zeros.copy(), zeros.copy())
+        turn = np.full(blocks, _WAITING if len(free) else _NOTHING)
+        return TensorBlocks(number, p, place, np.ones(blocks, np.int64), turn, zeros.copy(), zeros.copy())
 
     @property
     def num_coded(self) -> int:
@@ -111,32 +121,39 @@ class BlockPacking(Packing):
             if len(rows):
                 kl_bits = Blocks.of(*gather(t.posterior, t.place[rows])).kl_nats().numpy() / NATS_PER_BIT
                 waiting.extend((-float(bits), t.number, int(row)) for bits, row in zip(kl_bits, rows, strict=True))
-        chosen = sorted(waiting)[:count]
-        coded = []
-        for t in self.tensors:
-            rows = np.array(sorted(row for _, number, row in chosen if number == t.number), np.int64)
-            if not len(rows):
-                continue
+        self.turn += 1
+        parts: list[tuple[TensorBlocks, np.ndarray]] = []
+        work: list[float] = []
+        for number, own in itertools.groupby(sorted(sorted(waiting)[:count], key=lambda w: w[1:]), key=lambda w: w[1]):
+            t, blocks = self._by_number[number], list(own)
+            for i in range(0, len(blocks), _SEARCHED_AT_ONCE):
+                some = blocks[i : i + _SEARCHED_AT_ONCE]
+                parts.append((t, np.array([row for _, _, row in some], np.int64)))
+                work.append(sum(2.0 ** min(-negative, _LONGEST_SEARCH) for negative, _, _ in some) * t.place.shape[1])
+
+        def search(part: tuple[TensorBlocks, np.ndarray]) -> tuple[np.ndarray, ...]:
+            t, rows = part
             mean, std, prior = gather(t.posterior, t.place[rows])
             words = coder.encode(mean, std, prior, seed=self.seed, tensor=t.number, blocks=rows, codebook=self.codebook)
             values = coder.decode(words, prior.numpy(), seed=self.seed, tensor=t.number, blocks=rows)
+            return words.index, values, Blocks.of(mean, std, prior).kl_nats().numpy(), words.log_ratio_nats
+
+        for (t, rows), (index, values, kl_nats, log_ratio_nats) in zip(parts, distributed.spread(search, parts, work), strict=True):
             inside = t.place[rows] >= 0
             t.posterior.fix(torch.from_numpy(t.place[rows][inside]), torch.from_numpy(values[inside]))
-            t.index[rows], t.coded[rows] = words.index, True
-            coded.append((t, rows))
-            t.kl_bits[rows] = Blocks.of(mean, std, prior).kl_nats().numpy() / NATS_PER_BIT
-            t.log2_ratio[rows] = words.log_ratio_nats / NATS_PER_BIT
-        self.rounds.append(coded)
+            t.index[rows], t.turn[rows] = index, self.turn
+            t.kl_bits[rows], t.log2_ratio[rows] = kl_nats / NATS_PER_BIT, log_ratio_nats / NATS_PER_BIT
 
     def _code_again(self, depth: int, coder: BlockCoder) -> None:
-        """Code the blocks of the latest `depth` rounds once more, with another coder."""
+        """Code the blocks of the latest `depth` rounds once more, with another coder, in one round."""
+        self.turn = max(self.turn - depth, 0)
         count = 0
-        for t, rows in itertools.chain.from_iterable(self.rounds[-depth:]):
-            inside = t.place[rows] >= 0
-            t.posterior.release(torch.from_numpy(t.place[rows][inside]))
-            t.coded[rows] = False
+        for t in self.tensors:
+            rows = np.flatnonzero(t.turn > self.turn)
+            places = t.place[rows]
+            t.posterior.release(torch.from_numpy(places[places >= 0]))
+            t.turn[rows] = _WAITING
             count += len(rows)
-        del self.rounds[-depth:]
         self._code(coder, count)
 
     def _coded(self, key: str) -> np.ndarray:
@@ -216,9 +233,10 @@ class BlockPacking(Packing):
         for t in self.tensors:
             for key in _KEPT:
                 setattr(t, key, saved["tensors"][t.number][key].numpy())
+        self.turn = max((int(t.turn.max()) for t in self.tensors), default=0)
 
 
-_KEPT = ("index", "coded", "kl_bits", "log2_ratio")
+_KEPT = ("index", "turn", "kl_bits", "log2_ratio")
 
 
 def _affordable_block_bits(model: nn.Module, coder: BlockCoder, block_bits: float, goal_bits: float) -> float:

@@ -1,6 +1,6 @@
 """The state of interrupted work on disk: written whole or not at all, read without running any code from it.
 
-Leans on `layers` and `files`.
+Of many processes the first alone reads and writes. Leans on `layers`, `files` and `distributed`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import distributed
 from .errors import CodingError
 from .files import write_whole
 from .layers import posteriors
 
+_VERSION = 2  # of the content
 _HELD = ("mean", "log_std", "fixed", "value", "prior_std")
 
 
@@ -25,9 +27,13 @@ def write(path: Path, content: dict[str, Any]) -> None:
     Raises:
         MiracleError: the file cannot be written.
     """
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_whole(path, buffer.getvalue())
+
+    def whole() -> None:
+        buffer = io.BytesIO()
+        torch.save({"version": _VERSION, **content}, buffer)
+        write_whole(path, buffer.getvalue())
+
+    distributed.first(whole)
 
 
 def read(path: Path, *, stage: str, expected: dict[str, Any]) -> dict[str, Any] | None:
@@ -41,13 +47,24 @@ def read(path: Path, *, stage: str, expected: dict[str, Any]) -> dict[str, Any] 
     Raises:
         CodingError: the file cannot be read, or belongs to other work.
     """
+    return distributed.first(lambda: _read(path, stage, expected))
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, if there is one."""
+    distributed.first(lambda: path.unlink(missing_ok=True))
+
+
+def _read(path: Path, stage: str, expected: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = torch.load(path, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         settings = content["settings"]
     except Exception as error:  # torch raises whatever the damage leads to
         raise CodingError(f"cannot read the checkpoint {path} ({type(error).__name__}); delete it to begin again") from None
+    if content.get("version") != _VERSION:
+        raise CodingError(f"the checkpoint {path} was written by another release: finish with that one, or delete it to begin again")
     if content.get("stage") != stage:
         raise CodingError(f"{path} is a checkpoint of {content.get('stage')}, not of {stage}: give each its own file")
     other = [f"{k} was {settings.get(k)!r}, now {v!r}" for k, v in expected.items() if settings.get(k) != v]
@@ -56,21 +73,43 @@ def read(path: Path, *, stage: str, expected: dict[str, Any]) -> dict[str, Any] 
     return content
 
 
-def posterior_state(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Copies of everything that the posteriors hold, by tensor."""
-    return {n: {k: None if getattr(p, k) is None else getattr(p, k).detach().clone() for k in _HELD} for n, p in posteriors(model).items()}
+def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The network's own buffers, such as statistics of norms; those of posteriors are left out."""
+    inner = {id(b) for p in posteriors(model).values() for b in p.buffers()}
+    return {name: b for name, b in model.named_buffers() if id(b) not in inner}
 
 
-def restore_posteriors(model: nn.Module, state: dict[str, dict[str, Any]]) -> None:
-    """Put back what `posterior_state` gave, live shapes included.
+def model_state(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Copies of everything that training and packaging change: the posteriors by tensor, and the network's own buffers."""
+    held = {n: {k: None if getattr(p, k) is None else getattr(p, k).detach().clone() for k in _HELD} for n, p in posteriors(model).items()}
+    return {"posteriors": held, "buffers": {name: b.detach().clone() for name, b in buffers(model).items()}}
+
+
+def restore_model(model: nn.Module, state: dict[str, dict[str, Any]]) -> None:
+    """Put back what `model_state` gave, live shapes included.
 
     Raises:
         CodingError: the model has other tensors.
     """
-    held = posteriors(model)
-    if list(held) != list(state):
+    held, own = posteriors(model), buffers(model)
+    if list(held) != list(state["posteriors"]) or list(own) != list(state["buffers"]):
         raise CodingError("the checkpoint was made with another model: delete it to begin again")
     for name, p in held.items():
-        for key, value in state[name].items():
+        for key, value in state["posteriors"][name].items():
             moved = value if value is None else value.to(p.mean.device)
             setattr(p, key, nn.Parameter(moved) if moved is not None and key in ("mean", "log_std") else moved)
+    with torch.no_grad():
+        for name, value in state["buffers"].items():
+            own[name].copy_(value)
+
+
+def generator_state(device: torch.device) -> list[torch.Tensor]:
+    """States of torch's generators that draws on `device` come from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def restore_generators(state: list[torch.Tensor], device: torch.device) -> None:
+    """Put back what `generator_state` gave."""
+    torch.set_rng_state(state[0])
+    if device.type == "cuda" and len(state) > 1:
+        torch.cuda.set_rng_state(state[1], device)

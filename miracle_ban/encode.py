@@ -1,7 +1,8 @@
 """Packaging: code the posteriors part by part, fix each part at its decoded value, refine what is left.
 
 After each round the weights that are not coded yet are trained on, around the ones that are, with beta steered so that the
-rest of the file fits the rest of the budget. State is written after every round, so an interrupted packaging resumes.
+rest of the file fits the rest of the budget. State is written after every round, so an interrupted packaging resumes. Of several
+processes (`torchrun`) each searches a part, and all of them get the archive.
 Leans on `train`, `plan` and the two kinds of `packing`.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import checkpoint as checkpoints
-from . import coders
+from . import coders, distributed
 from .ban import BayesianAttention
 from .bits import NATS_PER_BIT, parse_bytes
 from .block_packing import BlockPacking
@@ -34,7 +36,19 @@ from .packing import Goal, Packing
 from .plan import carries_names, freeze_priors, kl_bits_by_tensor, predicted_index_bits, side_bits, skeleton
 from .reconstruct import Reconstruction
 from .teaching import Taught, imitation
-from .train import BLOCK_BITS, LOG_STD_RATE, Feed, Loss, Session, fit, index_budget_bits, make_optimizer, seeded, train_step
+from .train import (
+    BLOCK_BITS,
+    LOG_STD_RATE,
+    Feed,
+    Loss,
+    Session,
+    fit,
+    index_budget_bits,
+    is_sharded,
+    make_optimizer,
+    seeded,
+    train_step,
+)  # fmt: skip
 from .trellis_packing import TrellisPacking
 
 _GAIN, _RESPONSE = 0.006, 6.0  # of steering beta (objective.Steering)
@@ -42,6 +56,7 @@ _LAST_RATE = 0.1  # learning rate of the last round over that of the first: the 
 _STEERABLE = 1.3  # refinement can bring predicted bits down by about this much
 
 
+@torch.enable_grad()
 def encode(
     model: nn.Module,
     batches: Iterable | None = None,
@@ -56,12 +71,17 @@ def encode(
     learning_rate: float = 1e-3,
     names: bool | None = None,
     num_examples: int | None = None,
+    sharded: bool | None = None,
     context: Any = None,
     reconstruction: Reconstruction | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Archive:
     """Code one draw of the posterior of every weight into an `Archive`.
+
+    In a torch.distributed process group every process makes this call, with the same network and arguments, and gets the archive. The
+    search is dealt out to them; refinement is done by each alike, so that the file does not depend on how many there are, unless
+    the batches are sharded: then a step is on a batch of every process.
 
     Args:
         model: from `convert`, trained by `fit`; afterwards its weights are fixed at the coded values. One that was trained with
@@ -76,12 +96,13 @@ def encode(
         learning_rate: of the means in the first round of refining; it falls to a tenth in the last.
         names: store names and shapes; default if the file is going to be larger than 10 kB.
         num_examples: N; default the length of the data set.
+        sharded: as in `fit`.
         context: for a model that was trained with attention: inputs of the context to package it for, a tensor or batches (labels
             are ignored); without `batches` the weights are refined on them, the posterior mean in that context being the teacher
             (`loss` of its outputs, default `teaching.imitation`). The default budget is then what the KL in that context asks for.
         reconstruction: for the trellis: sets each layer's posterior when its turn comes, instead of refinement; rounds are layers then.
-        checkpoint: file that keeps the state after every round; if it exists, packaging resumes from it.
-        progress: show a progress bar on stderr.
+        checkpoint: file that keeps the state after every round; if it exists, packaging resumes from it, to the same file.
+        progress: show a progress bar on stderr; of several processes on the first.
 
     Returns:
         The archive; `archive.info` has bits, KL and log density ratio of all blocks, and the seconds taken.
@@ -89,34 +110,50 @@ def encode(
     Raises:
         BudgetError: the budget cannot be met.
         CodingError: the posteriors are not finite, or the checkpoint belongs to another run.
+        MiracleError: another process has died.
     """
     started = time.monotonic()
+    progress = progress and distributed.rank() == 0
+    if not 0 <= seed < 1 << 64:
+        raise CodingError(f"seed must be from 0 to 2^64 - 1, not {seed}")
+    device = next(model.parameters()).device
     attention: BayesianAttention | None = getattr(model, "bayesian_attention", None)
     if context is not None and attention is None:
         raise CodingError("context needs a model that was trained with fit(..., attention=BayesianAttention(...))")
-    if attention is not None:
-        model, batches, loss = _in_context(model, attention, context, batches, loss)
-        resumes = checkpoint is not None and Path(checkpoint).exists()
-        if batches is not None and loss is not None and not resumes:
-            _come_down(model, batches, loss, budget, rounds * refine_steps // 2, coder=coder, seed=seed, progress=progress)
     session: Session | None = getattr(model, "session", None)
-    coder = coders.get(coder) if isinstance(coder, str) else coder
     block_bits = block_bits or (session.block_bits if session else BLOCK_BITS)
+    if attention is not None:
+        with seeded(seed, device):  # a loader of the context may shuffle
+            model, batches, loss = _in_context(model, attention, context, batches, loss)
+    sharded = batches is not None and (is_sharded(batches) if sharded is None else sharded)
+    if attention is not None and batches is not None and loss is not None:
+        resumes = checkpoint is not None and distributed.first(Path(checkpoint).exists)
+        if not resumes:
+            with distributed.apart(not sharded):
+                _come_down(model, batches, loss, budget, rounds * refine_steps // 2, coder=coder, block_bits=block_bits, seed=seed,
+                           sharded=sharded, progress=progress)  # fmt: skip
+    session = getattr(model, "session", None)
+    coder = coders.get(coder) if isinstance(coder, str) else coder
     budget_bytes = parse_bytes(budget) if budget is not None else session.budget_bytes if session else None
     budget_bits = None if budget_bytes is None else 8.0 * budget_bytes
-    if not 0 <= seed < 1 << 64:
-        raise CodingError(f"seed must be from 0 to 2^64 - 1, not {seed}")
+    distributed.synchronise([*model.parameters(), *model.buffers()])
     _check_finite(model)
-    with_names = carries_names(names, model, budget_bits)
-    settings = {"seed": seed, "coder": coder.name, "budget_bytes": budget_bytes, "block_bits": block_bits, "names": with_names}
+    settings = {"seed": seed, "coder": coder.name, "budget_bytes": budget_bytes, "block_bits": block_bits, "names": names}
+    if sharded:
+        settings["processes"] = distributed.world_size()
     saved = checkpoints.read(Path(checkpoint), stage="encode", expected=settings) if checkpoint is not None else None
-    if saved is not None:
-        checkpoints.restore_posteriors(model, saved["posteriors"])
-    else:
+    if saved is None:
         _check_fresh(model)
-    codes = freeze_priors(model) if saved is None else {name: v.numpy() for name, v in saved["codes"].items()}
+        with_names, buffers = carries_names(names, model, budget_bits), checkpoints.model_state(model)["buffers"]
+        codes = freeze_priors(model)
+    else:
+        with_names, buffers = saved["with_names"], saved["buffers"]
+        codes = {name: v.numpy() for name, v in saved["codes"].items()}
+        checkpoints.restore_model(model, {**saved["model"], "buffers": buffers})  # those that went into the header
     coder = coder.settled(block_bits, budget_bits or sum(kl_bits_by_tensor(model).values()))
     archive = skeleton(model, coder=coder, seed=seed, names=with_names, codes=codes)
+    if saved is not None:
+        checkpoints.restore_model(model, saved["model"])
     side = side_bits(archive)
     goal = None if budget_bytes is None else index_budget_bits(budget_bytes, side)
     if goal is not None and saved is None:
@@ -124,7 +161,8 @@ def encode(
         _check_affordable(model, kl_bits, coder, block_bits, goal, side)
     feed = None
     if batches is not None and loss is not None and refine_steps > 0 and reconstruction is None:
-        feed = Feed(batches, next(model.parameters()).device, num_examples)
+        with distributed.apart(not sharded), seeded(seed, device):
+            feed = Feed(batches, device, num_examples, sharded=sharded, seed=seed)
     rounds = max(1, rounds) if feed is not None else 1
     packing: Packing
     kept = None if saved is None else saved["packing"]
@@ -139,16 +177,18 @@ def encode(
     beta = session.beta if session else 1.0
     steering: dict[tuple[str, ...], Steering] = {}
     optimizer = make_optimizer(model, learning_rate)
-    device = next(model.parameters()).device
     history: list[dict[str, float]] = []
     done = 0
     model.train()
-    with seeded(seed, device), tqdm(total=packing.total, disable=not progress, file=sys.stderr, desc="encode", unit=packing.unit) as bar:
+    bar = tqdm(total=packing.total, disable=not progress, file=sys.stderr, desc="encode", unit=packing.unit)
+    with seeded(distributed.own_seed(seed) if sharded else seed, device), bar:
         if saved is not None:
             packing.restore(saved["packing"])
             optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["generator"])
-            done, history = saved["round"], saved["history"]
+            checkpoints.restore_generators(saved["generators"][distributed.rank() if sharded else 0], device)
+            if feed is not None and saved["feed"] is not None:
+                feed.restore(saved["feed"])
+            done, history, beta = saved["round"], saved["history"], saved["beta"]
             steering = {tuple(names): Steering(b, gain=_GAIN, response=_RESPONSE) for names, b in saved["betas"]}
         while packing.num_coded < packing.total:
             packing.code_round(max(rounds - done, 1))
@@ -156,16 +196,20 @@ def encode(
             if feed is not None and loss is not None and packing.num_coded < packing.total:
                 feed.restart()
                 _set_rate(optimizer, learning_rate * (1.0 - (1.0 - _LAST_RATE) * packing.num_coded / packing.total))
-                value, beta = _refine(model, feed, loss, optimizer, packing.goals(), steering, beta, refine_steps)
+                with distributed.apart(not sharded):
+                    value, beta = _refine(model, feed, loss, optimizer, packing.goals(), steering, beta, refine_steps)
+                distributed.synchronise(model.parameters())
                 spent = packing.spent_bits()
                 history.append({"coded": packing.num_coded, "loss": value, "beta": beta, "spent_bits": spent})
                 bar.set_postfix_str(f"loss {value:.4f}, beta {beta:.3g}, {(side + spent) / 8:,.0f} bytes so far")
             if checkpoint is not None and packing.num_coded < packing.total:
+                state = checkpoints.generator_state(device)
                 content = {
-                    "stage": "encode", "settings": settings, "codes": {n: torch.from_numpy(c) for n, c in codes.items()},
-                    "posteriors": checkpoints.posterior_state(model), "packing": packing.state(), "round": done, "history": history,
+                    "stage": "encode", "settings": settings, "with_names": with_names, "buffers": buffers,
+                    "codes": {n: torch.from_numpy(c) for n, c in codes.items()}, "model": checkpoints.model_state(model),
+                    "packing": packing.state(), "round": done, "history": history, "beta": beta,
                     "betas": [(list(n), s.beta) for n, s in steering.items()], "optimizer": optimizer.state_dict(),
-                    "generator": torch.get_rng_state(),
+                    "feed": None if feed is None else feed.state(), "generators": distributed.gather(state) if sharded else [state],
                 }  # fmt: skip
                 checkpoints.write(Path(checkpoint), content)
             bar.update(packing.num_coded - bar.n)
@@ -173,14 +217,16 @@ def encode(
     if budget_bytes is not None and size > budget_bytes and isinstance(packing, BlockPacking):
         limit = budget_bytes
         size = packing.shorten(archive, lambda size: size <= limit)
+    distributed.check_same(zlib.crc32(archive.to_bytes()), "checksum of the archive")
     archive.info = _account(packing, archive, size, beta, history, time.monotonic() - started)
     if budget_bytes is not None and size > budget_bytes:
         warnings.warn(f"the file takes {size} bytes, over the budget of {budget_bytes}", MiracleWarning, stacklevel=2)
     if checkpoint is not None:
-        Path(checkpoint).unlink(missing_ok=True)
+        checkpoints.remove(Path(checkpoint))
     return archive
 
 
+@torch.enable_grad()
 def compress(
     net: nn.Module | Mapping[str, torch.Tensor],
     batches: Iterable | None = None,
@@ -250,14 +296,15 @@ def compress(
     common: dict[str, Any] = {"coder": coder, "seed": seed, "progress": progress}
     fit_options, encode_options = dict(fit_options or {}), dict(encode_options or {})
     if context is not None:
-        fit_options.setdefault("attention", BayesianAttention(net))
+        with seeded(seed, next(net.parameters()).device):
+            fit_options.setdefault("attention", BayesianAttention(net))
         encode_options |= {"context": context, "budget": budget}
     report = fit(model, batches, loss, budget=budget, epochs=epochs, checkpoint=stage["fit"], **common, **fit_options)
     own = batches if context is None else None  # for a context the weights are refined on its inputs
     archive = encode(model, own, loss if context is None else None, checkpoint=stage["encode"], **common, **encode_options)
     archive.info["fit"] = report.as_dict()
     if stage["fit"] is not None:
-        stage["fit"].unlink(missing_ok=True)
+        checkpoints.remove(stage["fit"])
     return archive
 
 
@@ -273,7 +320,8 @@ def _compress_weights(
     **options: Any,
 ) -> Archive:
     """`compress` without training data."""
-    batches = made_for(net, seed=seed, progress=progress) if inputs is None else batches_of(inputs)
+    with seeded(seed, torch.device("cpu")):  # a loader may shuffle
+        batches = made_for(net, seed=seed, progress=progress) if inputs is None else batches_of(inputs)
     if not batches and type(net) is not nn.Module:
         text = "no random input fits this network: give `inputs`, a batch, so that layers can be measured and corrected"
         warnings.warn(text, MiracleWarning, stacklevel=3)
@@ -305,7 +353,15 @@ def _in_context(
 
 
 def _come_down(
-    model: nn.Module, batches: Iterable, loss: Loss, budget: str | int | None, steps: int, *, coder: str | coders.Coder, **options: Any
+    model: nn.Module,
+    batches: Iterable,
+    loss: Loss,
+    budget: str | int | None,
+    steps: int,
+    *,
+    coder: str | coders.Coder,
+    block_bits: float,
+    **options: Any,
 ) -> None:
     """Train posteriors that ask for more than the budget (default the session's) down to it, before coding starts."""
     session: Session | None = getattr(model, "session", None)
@@ -313,11 +369,12 @@ def _come_down(
         budget = session.budget_bytes
     if budget is None:
         return
-    settled = (coders.get(coder) if isinstance(coder, str) else coder).settled(BLOCK_BITS, 8.0 * parse_bytes(budget))
+    settled = (coders.get(coder) if isinstance(coder, str) else coder).settled(block_bits, 8.0 * parse_bytes(budget))
     counts = {name: p.mean.numel() for name, p in posteriors(model).items()}
-    if predicted_index_bits(kl_bits_by_tensor(model), counts, settled, BLOCK_BITS) > 8.0 * parse_bytes(budget):
-        epochs = steps / Feed(batches, next(model.parameters()).device).batches_per_epoch
-        fit(model, batches, loss, budget=budget, epochs=epochs, narrow_epochs=0.2 * epochs, coder=coder, **options)
+    if predicted_index_bits(kl_bits_by_tensor(model), counts, settled, block_bits) > 8.0 * parse_bytes(budget):
+        with seeded(0, next(model.parameters()).device):
+            epochs = steps / Feed(batches, next(model.parameters()).device, sharded=options["sharded"]).batches_per_pass
+        fit(model, batches, loss, budget=budget, epochs=epochs, narrow_epochs=0.2 * epochs, coder=coder, block_bits=block_bits, **options)
 
 
 def _check_fresh(model: nn.Module) -> None:

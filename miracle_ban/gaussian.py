@@ -107,7 +107,7 @@ class Stretch:
     @functools.cached_property
     def _bars(self) -> np.ndarray:
         """The threshold of each block at a range of log times, `[blocks, times]`."""
-        time = torch.linspace(_FIRST_TIME, _FIRST_TIME + (_TIMES - 1) * _TIME_STEP, _TIMES, dtype=torch.float64)
+        time = torch.linspace(_FIRST_TIME, _FIRST_TIME + (_TIMES - 1) * _TIME_STEP, _TIMES, dtype=torch.float64, device="cpu")
         parts = []
         for i in range(0, len(self.level), _ROWS):
             sigma, level = torch.from_numpy(self.log_sigma[i : i + _ROWS]), torch.from_numpy(self.level[i : i + _ROWS])
@@ -131,7 +131,7 @@ def _law(blocks: Blocks) -> tuple[Tensor, Tensor]:
     kl, sd = blocks.kl_nats(), blocks.std_log_ratio().clamp_min(1e-6)
     low = torch.minimum(kl - 14.0 * sd, torch.full_like(kl, -8.0))
     high = torch.minimum(blocks.max_log_ratio(), kl + 11.0 * sd)
-    level = high[:, None] - (high - low)[:, None] * torch.linspace(1, 0, _GRID, dtype=torch.float64).square()
+    level = high[:, None] - (high - low)[:, None] * torch.linspace(1, 0, _GRID, dtype=torch.float64, device=kl.device).square()
     return level, _log_tail(blocks, level)
 
 
@@ -219,7 +219,7 @@ def _log_tail_lugannani_rice(blocks: Blocks, level: Tensor) -> Tensor:
     """Saddlepoint approximation (Lugannani and Rice 1980) on a grid of saddlepoints, interpolated to `level`."""
     number, a, b2 = (t[:, None, :] for t in _merged(1.0 - blocks.v, blocks.delta.square() * blocks.v))
     sd = blocks.std_log_ratio().clamp_min(1e-6)
-    size = torch.logspace(math.log10(0.05), 4.5, _THETAS, dtype=torch.float64)[None, :] / sd[:, None]
+    size = torch.logspace(math.log10(0.05), 4.5, _THETAS, dtype=torch.float64, device=sd.device)[None, :] / sd[:, None]
     largest, smallest = a.amax(2), a.amin(2)
     left = -_saturate(size, largest)  # 1 + theta a > 0 for every weight
     right = _saturate(size, -smallest)
@@ -247,8 +247,8 @@ def _merged(a: Tensor, b2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if d <= _GROUPS:
         return torch.ones_like(a), a, b2
     order = a.argsort(1)
-    group = torch.arange(d) * _GROUPS // d
-    sums = torch.zeros(3, len(a), _GROUPS, dtype=a.dtype)
+    group = torch.arange(d, device=a.device) * _GROUPS // d
+    sums = torch.zeros(3, len(a), _GROUPS, dtype=a.dtype, device=a.device)
     a, b2 = a.gather(1, order), b2.gather(1, order)
     weight = 0.5 * a.square() + b2
     for total, part in zip(sums, (a.square(), b2, weight * a), strict=True):

@@ -138,7 +138,7 @@ def _maker(net: nn.Module, generator: torch.Generator) -> Callable[[], Tensor] |
     device = first.device
 
     def normals(*shape: int) -> Callable[[], Tensor]:
-        return lambda: torch.randn(shape, generator=generator).to(first)
+        return lambda: torch.randn(shape, generator=generator, device="cpu").to(first)
 
     for layer in net.modules():
         makers: list[Callable[[], Tensor]] = []
@@ -154,7 +154,7 @@ def _maker(net: nn.Module, generator: torch.Generator) -> Callable[[], Tensor] |
             makers = [normals(16, 16, layer.input_size)]
         elif isinstance(layer, nn.Embedding):
             number = layer.num_embeddings
-            makers = [lambda number=number: torch.randint(number, (16, 16), generator=generator).to(device)]  # type: ignore[misc]
+            makers = [lambda number=number: torch.randint(number, (16, 16), generator=generator, device="cpu").to(device)]  # type: ignore[misc]
         for make in makers:
             if _takes(net, make()):
                 return make

@@ -47,7 +47,7 @@ def freeze_priors(model: nn.Module) -> dict[str, np.ndarray]:
         dropped = torch.from_numpy(code == 0).reshape(moment.shape).expand(p.mean.shape)
         if dropped.any():
             at = torch.nonzero(dropped.flatten()).squeeze(1)
-            p.fix(at, torch.zeros(len(at)))
+            p.fix(at, p.mean.new_zeros(len(at)))
         codes[name] = code
     return codes
 

@@ -111,7 +111,7 @@ class Reconstruction:
         for name, p in posteriors(self.model).items():
             self.begin(name, None)
             part[name] = min(float(p.kl()) / max(before[name], _LEAST), _LARGEST_PART_OF_KL)
-            noise = torch.randn(p.mean.shape, generator=generator).to(p.mean)
+            noise = torch.randn(p.mean.shape, generator=generator, dtype=torch.float32, device="cpu").to(p.mean)
             p.fix(torch.arange(p.mean.numel(), device=p.mean.device), (p.mean + p.log_std.exp() * noise).flatten())
         self.model = real
         self.allocate(kl_bits * sum(before.values()) / sum(part[name] * v for name, v in before.items()))
@@ -163,7 +163,7 @@ class Reconstruction:
         trained = _parts(layer, posteriors(self.float)[name].mean)
         h, c = self._products(module, centred=self._has_bias(module))
         damping = _DAMPING * h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + _LEAST
-        damping = damping * torch.eye(h.shape[1], device=h.device)
+        damping = damping * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
         self._regressions = {name: _Regression(h + damping, trained @ (c + damping), self.lam / self.output[module])}
         self._solve(name, kl_bits, _FIRST_STEPS)
 
@@ -308,7 +308,7 @@ def _rows(layer: nn.Module, inputs: list[Tensor], batches: int, generator: torch
     wide = views[0][(0,) * len(size)].numel()
     number = math.prod(size)
     most = -(-max(_ROWS, _ROWS_PER_INPUT * wide) // batches)
-    at = torch.randperm(number, generator=generator)[:most] if number > most else torch.arange(number)
+    at = torch.randperm(number, generator=generator, device="cpu")[:most] if number > most else torch.arange(number, device="cpu")
     places = tuple(i.to(inputs[0].device) for i in torch.unravel_index(at, size))
     return [v[places].reshape(len(at), _number_of_parts(layer), -1).transpose(0, 1).float() for v in views]
 

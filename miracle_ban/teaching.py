@@ -63,7 +63,7 @@ class Taught:
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         if isinstance(self.inputs, Tensor):
-            order = torch.randperm(len(self.inputs))
+            order = torch.randperm(len(self.inputs), device="cpu")
             batches: Iterable[Any] = (self.inputs[rows] for rows in order.split(self.batch_size))
         else:
             batches = (b[0] if isinstance(b, (tuple, list)) else b for b in self.inputs)

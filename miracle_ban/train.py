@@ -1,16 +1,19 @@
 """Training of the posteriors by the beta-ELBO, towards a budget.
 
 `fit` first narrows the network to the hidden units that the budget can pay for, then trains all posteriors while beta is
-steered so that the predicted size of the file comes down to the budget. Leans on `convert`, `plan`, `objective`.
+steered so that the predicted size of the file comes down to the budget. Under `torchrun` it is one training by all processes.
+Leans on `convert`, `plan`, `objective`, `distributed`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint as checkpoints
-from . import coders
+from . import coders, distributed
 from .ban import BayesianAttention
 from .bits import NATS_PER_BIT, parse_bytes
 from .convert import conversion, drop_units
@@ -40,6 +43,7 @@ SHORT_RUN_RESPONSE = 4.0  # see Steering
 SLOW_GAIN = 0.02  # largest relative change of beta a step
 RARE_GAIN = 0.1  # the same where only one step in five, that on the context of everything, can steer
 LOG_EVERY = 20  # steps
+CHECK_EVERY = 200  # steps between comparisons of the processes' posteriors
 SILENT_BITS = 3.0  # KL of all weights into, or out of, a hidden unit, under which it is dropped
 
 
@@ -86,19 +90,31 @@ class Session:
 class Feed:
     """Endless batches from a loader that can be iterated again and again: (inputs, targets), moved to the model's device.
 
+    Of several processes, those whose loader is the same take turns: rank r of R gets batches r, r + R, ... of each pass, whose order
+    and other random numbers all of them draw alike; what is left of a pass that R does not divide is not used.
+
     Args:
         batches: an iterable of pairs, with a length.
         num_examples: number of training examples; default `batches.num_examples`, `len(batches.dataset)`, or counted.
+        sharded: whether each process has a loader of its own share; default if a sampler says that it is for several.
+        seed: of the random numbers that processes with the same loader draw it with.
     """
 
-    def __init__(self, batches: Iterable, device: torch.device, num_examples: int | None = None):
+    def __init__(
+        self, batches: Iterable, device: torch.device, num_examples: int | None = None, *, sharded: bool | None = None, seed: int = 0
+    ):
         if not isinstance(batches, Iterable):
             raise MiracleError(f"batches must be an iterable of (inputs, targets), such as a DataLoader, not {type(batches).__name__}")
         if isinstance(batches, Iterator):
             raise MiracleError("batches must be iterable more than once: pass a DataLoader or a list, not an iterator")
         self.batches, self.device = batches, device
+        self.sharded = is_sharded(batches) if sharded is None else sharded
+        self._turns, self._turn = (1, 0) if self.sharded else (distributed.world_size(), distributed.rank())
+        self._draws = torch.Generator().manual_seed(seed).get_state() if self._turns > 1 else None
         self.num_examples = num_examples or self._count()
         self._source: Iterator | None = None
+        self._passes = 0  # begun so far
+        self.position = 0  # batches of this pass that were given
 
     def _count(self) -> int:
         given = getattr(self.batches, "num_examples", None)
@@ -106,30 +122,101 @@ class Feed:
             given = len(self.batches.dataset)
         if given is None:
             given = sum(_batch_size(b) for b in self.batches)
+            given = sum(distributed.gather(given)) if self.sharded else given
         if not given:
             raise MiracleError("batches holds no training examples")
         return int(given)
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Number of batches in one pass."""
-        return len(self.batches) if isinstance(self.batches, Sized) else sum(1 for _ in self.batches)
+    @functools.cached_property
+    def batches_per_pass(self) -> int:
+        """Batches of one pass that this process gets: as many as every other."""
+        whole = len(self.batches) if isinstance(self.batches, Sized) else sum(1 for _ in self.batches)
+        if whole < self._turns:
+            raise MiracleError(f"batches holds {whole} batch(es) for {self._turns} processes: make smaller batches, or use fewer processes")
+        return min(distributed.gather(whole)) if self.sharded else whole // self._turns
 
     def restart(self) -> None:
         """Begin a new pass with the next batch."""
-        self._source = None
+        self._source, self.position = None, 0
+
+    def end_pass(self) -> None:
+        """Begin a new pass with the next batch; a loader that has given all its batches sees its end, as in a loop over it."""
+        if self._source is not None and self.position == self.batches_per_pass:
+            with self._drawing():
+                list(itertools.islice(self._source, self._turns))
+        self.restart()
 
     def next(self) -> tuple[Any, Any]:
         """The next batch."""
         for _ in range(2):
-            if self._source is None:
-                self._source = iter(self.batches)
-            for batch in self._source:
+            with self._drawing():
+                if self._source is None:
+                    self._begin_pass()
+                found = list(itertools.islice(self._source, self._turns))  # type: ignore[arg-type]
+            if len(found) == self._turns:
+                batch = found[self._turn]
                 if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                     raise MiracleError("each batch must be a pair (inputs, targets)")
+                self.position += 1
                 return _to(batch[0], self.device), _to(batch[1], self.device)
-            self._source = None
+            self.restart()
         raise MiracleError("batches is empty: it gave no batch at all")
+
+    def _begin_pass(self) -> None:
+        for own in _parts(self.batches):
+            if callable(getattr(own, "set_epoch", None)):
+                own.set_epoch(self._passes)
+        self._source, self.position = iter(self.batches), 0
+        self._passes += 1
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Processes with the same loader draw its random numbers alike, whatever noise of their own they draw in between."""
+        if self._draws is None:
+            yield
+            return
+        own = torch.get_rng_state()
+        torch.set_rng_state(self._draws)
+        try:
+            yield
+        finally:
+            self._draws = torch.get_rng_state()
+            torch.set_rng_state(own)
+
+    def state(self) -> dict[str, Any]:
+        """What the order of later passes depends on, besides torch's own generator."""
+        return {"passes": self._passes, "draws": self._draws, "generators": [g.get_state() for g in _generators(self.batches)]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, with a new pass."""
+        self.restart()
+        self._passes, self._draws = state["passes"], state["draws"]
+        for generator, value in zip(_generators(self.batches), state["generators"], strict=False):
+            generator.set_state(value)
+
+
+def _parts(batches: Any) -> list[Any]:
+    """A loader and its samplers."""
+    sampler, batch_sampler = getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)
+    found = [batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)]
+    return [p for i, p in enumerate(found) if p is not None and not any(p is q for q in found[:i])]
+
+
+def _generators(batches: Any) -> list[torch.Generator]:
+    """Generators of their own that a loader and its samplers draw from."""
+    found = [getattr(p, "generator", None) for p in _parts(batches)]
+    return [g for i, g in enumerate(found) if isinstance(g, torch.Generator) and not any(g is h for h in found[:i])]
+
+
+def is_sharded(batches: Any) -> bool:
+    """Whether a loader says that it gives one process its share: torch's DistributedSampler, or what Accelerate puts in its place."""
+    owners = [*_parts(batches), getattr(batches, "dataset", None), getattr(batches, "state", None)]
+    return any(_processes(own, key) > 1 for own in owners for key in ("num_replicas", "num_processes"))
+
+
+def _processes(owner: Any, key: str) -> int:
+    value = getattr(owner, key, 1)
+    return value if isinstance(value, int) else 1
 
 
 def _batch_size(batch: Any) -> int:
@@ -142,8 +229,14 @@ def _batch_size(batch: Any) -> int:
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_to(v, device) for v in value))
     if isinstance(value, (tuple, list)):
         return type(value)(_to(v, device) for v in value)
+    if type(value) is dict:
+        return {key: _to(v, device) for key, v in value.items()}
+    if isinstance(value, Mapping) and hasattr(value, "to"):  # as tokenizers give
+        return value.to(device)
     return value
 
 
@@ -172,13 +265,14 @@ def train_step(
 ) -> tuple[float, dict[str, float]]:
     """One gradient step on the beta-ELBO; returns the loss, nats per example, and the KL of each tensor, nats.
 
-    `beta` may be given for each tensor. With `attention` the step is on a context that it draws.
+    `beta` may be given for each tensor. With `attention` the step is on a context that it draws. Of several processes gradients and
+    loss are the mean.
 
     Raises:
         MiracleError: the loss is NaN or infinite.
     """
     if attention is None:
-        value, extra = loss(model(batch[0]), batch[1]), torch.zeros(())
+        value, extra = loss(model(batch[0]), batch[1]), None
     else:
         value, extra = attention.losses(model, batch, loss, num_examples)
     held = posteriors(model)
@@ -190,14 +284,15 @@ def train_step(
     else:
         weight = 1.0 if attention is None else attention.kl_weight
         objective = beta_elbo(value, kl_nats.sum(), beta=weight * beta, num_examples=num_examples)
-    (objective + extra.to(objective)).backward()
+    (objective if extra is None else objective + extra.to(objective)).backward()
+    (measured,) = distributed.mean_gradients(optimizer, [float(value.detach())])
     optimizer.step()
-    measured = float(value.detach())
     if not math.isfinite(measured):
         raise MiracleError(f"the loss became {measured}: lower the learning rate, or check the data for NaN")
     return measured, dict(zip(held, kl_nats.detach().tolist(), strict=True))
 
 
+@torch.enable_grad()
 def fit(
     model: nn.Module,
     batches: Iterable,
@@ -214,6 +309,7 @@ def fit(
     weights_per_bit: float = 1.5,
     names: bool | None = None,
     num_examples: int | None = None,
+    sharded: bool | None = None,
     attention: BayesianAttention | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -221,6 +317,9 @@ def fit(
     callback: Callable[[dict[str, float]], None] | None = None,
 ) -> FitReport:
     """Train the posteriors of a converted model on loss + beta KL / N.
+
+    In a torch.distributed process group every process makes this call, with the same network and arguments: each step is then on a
+    batch of every process, and afterwards all of them have the same posteriors.
 
     Args:
         model: from `convert`; trained in place.
@@ -236,11 +335,14 @@ def fit(
         narrow_epochs: passes spent on that.
         names: whether the file will carry names and shapes; default if larger than 10 kB.
         num_examples: N; default the length of the data set.
+        sharded: of several processes: whether each gives `batches` of its own share of the data, or all give the same, of which they
+            take turns; default the former if the loader's sampler is distributed. A pass is as many steps as one process has batches.
         attention: conditions the posteriors on contexts that it draws from the batches; `budget` is then what the package of
             the context of everything aims at. Afterwards it is `model.bayesian_attention`, and `encode(model, context=...)` uses it.
         seed: for torch's generator; draws and shuffling follow from it.
-        checkpoint: file that keeps the state after every epoch; if it exists, training resumes from it, or is over.
-        progress: show a progress bar on stderr.
+        checkpoint: file that keeps the state after every pass; if it exists, training resumes from it, or is over. The end is the
+            same, bit by bit, as if there had been no interruption, where the loader draws from torch's generator or its own.
+        progress: show a progress bar on stderr; of several processes on the first.
         callback: called with each row of the history.
 
     Returns:
@@ -248,26 +350,30 @@ def fit(
 
     Raises:
         BudgetError: the budget is smaller than what is stored besides the indices.
-        MiracleError: the loss diverged, or batches are not (inputs, targets).
+        MiracleError: the loss diverged, batches are not (inputs, targets), or another process has died.
     """
     started = time.monotonic()
     links = conversion(model).links
     device = next(model.parameters()).device
-    feed = Feed(batches, device, num_examples)
+    progress = progress and distributed.rank() == 0
+    with seeded(seed, device):  # an iterable without a length is counted, and may draw
+        feed = Feed(batches, device, num_examples, sharded=sharded, seed=seed)
+        per_epoch = feed.batches_per_pass
     budget_bytes = None if budget is None else parse_bytes(budget)
     coder = coders.get(coder) if isinstance(coder, str) else coder
     coder = coder.settled(block_bits, 8.0 * budget_bytes if budget_bytes else sum(kl_bits_by_tensor(model).values()))
-    per_epoch = feed.batches_per_epoch
     settings = {
         "seed": seed, "budget_bytes": budget_bytes, "epochs": epochs, "learning_rate": learning_rate, "coder": coder.name,
         "block_bits": block_bits, "weights_per_bit": weights_per_bit, "narrow": narrow, "beta": beta,
         "num_examples": feed.num_examples, "tensors": list(posteriors(model)), "attention": attention is not None,
+        "processes": distributed.world_size(),
     }  # fmt: skip
     saved = checkpoints.read(Path(checkpoint), stage="fit", expected=settings) if checkpoint is not None else None
+    distributed.synchronise([*model.parameters(), *model.buffers()])
     model.train()
-    with seeded(seed, device):
+    with seeded(distributed.own_seed(seed), device):
         if saved is not None:
-            checkpoints.restore_posteriors(model, saved["posteriors"])
+            checkpoints.restore_model(model, saved["model"])
         elif budget_bytes is not None and narrow and links:
             target = weights_per_bit * 8 * budget_bytes
             _narrow(model, feed, loss, target, max(1, round(narrow_epochs * per_epoch)), learning_rate / 4, progress)
@@ -277,6 +383,7 @@ def fit(
         if attention is not None:
             attention.attach(model, feed.next()[0])
             feed.restart()
+            distributed.synchronise(attention.parameters())
         report = FitReport(budget_bytes, feed.num_examples, steps=max(1, round(epochs * per_epoch)))
         gain = max(SLOW_GAIN, 30.0 / report.steps)  # a short run must be able to cross four decades of beta, too
         response = 0.0 if gain == SLOW_GAIN else SHORT_RUN_RESPONSE  # and so coarse an integral needs damping
@@ -287,6 +394,7 @@ def fit(
                          drop=narrow and attention is None, attention=attention)  # fmt: skip
         if saved is not None:
             course.restore(saved["course"])
+            checkpoints.restore_generators(saved["generators"][distributed.rank()], device)
             report.history, started = saved["history"], started - saved["seconds"]
         bar = tqdm(total=report.steps, initial=course.step, disable=not progress, file=sys.stderr, desc="fit", unit="step")
         while course.step < report.steps:
@@ -298,15 +406,20 @@ def fit(
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, beta {row['beta']:.3g}, {row['predicted_bytes']:,.0f} bytes")
                 if callback is not None:
                     callback(row)
-            if checkpoint is not None and (course.step % per_epoch == 0 or course.step == report.steps):
-                content = {"stage": "fit", "settings": settings, "side": side, "posteriors": checkpoints.posterior_state(model)}
-                checkpoints.write(
-                    Path(checkpoint),
-                    {**content, "course": course.state(), "history": report.history, "seconds": time.monotonic() - started},
-                )
+            if checkpoint is not None and (feed.position == per_epoch or course.step == report.steps):
+                feed.end_pass()
+                content = {
+                    "stage": "fit", "settings": settings, "side": side, "model": checkpoints.model_state(model),
+                    "course": course.state(), "generators": distributed.gather(checkpoints.generator_state(device)),
+                    "history": report.history, "seconds": time.monotonic() - started,
+                }  # fmt: skip
+                checkpoints.write(Path(checkpoint), content)
         bar.close()
         if attention is not None:
             attention.settle(model, batches)
+            distributed.synchronise([attention.general])
+            attention.condition(model, attention.general)
+    distributed.synchronise(checkpoints.buffers(model).values())
     held = posteriors(model)
     report.kl_bits_by_tensor = kl_bits_by_tensor(model)
     report.kl_bits = sum(report.kl_bits_by_tensor.values())
@@ -368,13 +481,19 @@ class _Course:
             self.model, self.feed.next(), self.loss, self.optimizer, beta=beta, num_examples=self.feed.num_examples,
             attention=self.attention,
         )  # fmt: skip
-        general = self.attention is None or self.attention.is_general  # the budget is that of the context of everything
+        general, kl_nats = True, sum(by_tensor.values())
+        if self.attention is not None:  # the budget is that of the context of everything, which not every process may have drawn
+            drawn = self.attention.is_general
+            share, total = (
+                sum(v) for v in zip(*distributed.gather((drawn, self.attention.kl_nats(self.model) if drawn else 0.0)), strict=True)
+            )
+            general, kl_nats = share > 0, total / max(share, 1)
         self.schedule.step()
         self.running = value if step == 0 else 0.98 * self.running + 0.02 * value
         if step % LOG_EVERY == 0:
             self.forecast()
         if general:
-            self.kl_nats = sum(by_tensor.values()) if self.attention is None else self.attention.kl_nats(self.model)
+            self.kl_nats = kl_nats
         predicted = self.bits_per_nat * self.kl_nats
         if self.goal is not None:
             target = _target(step / self.steps, min(self.first, LARGEST_START * self.goal), self.goal)
@@ -383,18 +502,19 @@ class _Course:
             if self.drop and (step + 1) % max(1, self.steps // 10) == 0 and step >= 0.3 * self.steps:
                 _drop_silent_units(self.model, self.optimizer)
         self.step += 1
+        if self.step % CHECK_EVERY == 0 or self.step == self.steps:
+            distributed.check_equal((p.mean for p in posteriors(self.model).values()), f"posteriors after step {self.step}")
         return {
             "step": step, "loss": self.running, "beta": self.steering.beta, "kl_bits": self.kl_nats / NATS_PER_BIT,
             "predicted_bits": predicted, "learning_rate": self.optimizer.param_groups[0]["lr"],
         }  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """Everything but the posteriors; at the end of an epoch, where the feed begins a new pass."""
-        self.feed.restart()
+        """Everything but the posteriors and torch's generators; between two passes."""
         return {
             "step": self.step, "running": self.running, "bits_per_nat": self.bits_per_nat, "first": self.first,
             "beta": self.steering.beta, "next_beta": self.beta, "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(), "generator": torch.get_rng_state(), "kl_nats": self.kl_nats,
+            "schedule": self.schedule.state_dict(), "feed": self.feed.state(), "kl_nats": self.kl_nats,
             "attention": None if self.attention is None else self.attention.state_dict(),
         }  # fmt: skip
 
@@ -407,7 +527,7 @@ class _Course:
         self.kl_nats = state["kl_nats"]
         if self.attention is not None:
             self.attention.load_state_dict(state["attention"])
-        torch.set_rng_state(state["generator"])
+        self.feed.restore(state["feed"])
 
 
 @contextlib.contextmanager
@@ -463,6 +583,7 @@ def _narrow(model: nn.Module, feed: Feed, loss: Loss, target: float, steps: int,
                 optimizer.zero_grad(set_to_none=True)
                 value = loss(model(x), y)
                 value.backward()
+                distributed.mean_gradients(optimizer)
                 for link in links:
                     relevance[link] = relevance.get(link, 0.0) + _unit_gradient(model, link).square()  # type: ignore[operator]
                 optimizer.step()
@@ -503,7 +624,7 @@ def _unit_gradient(model: nn.Module, link: Link) -> Tensor:
 def _drop_until(model: nn.Module, relevance: dict[Link, Tensor], goal: float) -> int:
     """Drop the least relevant unit per weight, over all links, until at most `goal` weights are live."""
     held = posteriors(model)
-    keep = {link: torch.arange(len(r)) for link, r in relevance.items()}
+    keep = {link: torch.arange(len(r), device=r.device) for link, r in relevance.items()}
 
     def cost(link: Link) -> int:
         weight, consumer = held[f"{link.producer}.weight"], held[f"{link.consumer}.weight"]
@@ -521,7 +642,7 @@ def _drop_until(model: nn.Module, relevance: dict[Link, Tensor], goal: float) ->
         link = min(choices)[2]
         live -= cost(link)
         worst = relevance[link][keep[link]].argmin()
-        keep[link] = keep[link][torch.arange(len(keep[link])) != worst]
+        keep[link] = keep[link][torch.arange(len(keep[link]), device=worst.device) != worst]
     for link, units in keep.items():
         if len(units) < len(relevance[link]):
             drop_units(model, link, units)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import trellis
+from . import distributed, trellis
 from .bits import NATS_PER_BIT
 from .coders.trellis import OVERLAP, SEGMENT, Features, StepLaw, Trellis, best_path, emitted_bits, path_bits, step_bits, viterbi
 from .container import Archive, Path, rates
@@ -159,7 +159,7 @@ class TrellisPacking(Packing):
                 laws[number] = self._law(number)
             if min(at_once, stop - first) > 2 * SEGMENT:
                 stop = min(stop, first + at_once)
-                states, _ = best_path(laws[number], self.state_before, first, stop)
+                states, _ = best_path(laws[number], self.state_before, first, stop, distributed.spread)
                 self._commit(number, first, states, path_bits(laws[number], states, first))
                 pieces = _after(pieces, [(number, first, stop)])
                 continue
@@ -178,7 +178,9 @@ class TrellisPacking(Packing):
         assert self.reconstruction
         rate = self.rates[number]
         kl_bits = self.efficiency * (rate.bits - rate.bits_before(step))
-        (self.reconstruction.update if step else self.reconstruction.begin)(self.posterior[number].name, kl_bits)
+        p = self.posterior[number]
+        (self.reconstruction.update if step else self.reconstruction.begin)(p.name, kl_bits)
+        distributed.synchronise([p.mean, p.log_std])
 
     def _search(self, pieces: list[Piece], beyond: list[Piece], laws: dict[int, StepLaw]) -> None:
         """Find the best path through `pieces`, with what follows in view, and commit it."""
@@ -195,7 +197,7 @@ class TrellisPacking(Packing):
                     found.append(laws[i].scores(const[a:b], factors[a:b]))
             return torch.cat(found)[:, None, :]
 
-        states, _ = viterbi(scores, new_bits, 1, self.path.memory, torch.tensor([self.state_before]), None)
+        states, _ = viterbi(scores, new_bits, 1, self.path.memory, torch.tensor([self.state_before], device="cpu"), None)
         found = states[:, 0].cpu().numpy()
         for (i, first, _), at, until in zip(pieces, edges[: len(pieces)], edges[1:], strict=False):
             own = found[at:until]

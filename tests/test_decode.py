@@ -7,7 +7,6 @@ import random
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -225,7 +224,7 @@ def test_a_missing_folder_is_an_error(archives, tmp_path):
         save(archives[True], tmp_path)  # a folder itself
 
 
-@pytest.mark.parametrize(("where", "code"), [("fsync", errno.ENOSPC), ("replace", errno.EACCES), ("mkstemp", errno.EROFS)])
+@pytest.mark.parametrize(("where", "code"), [("fsync", errno.ENOSPC), ("replace", errno.EACCES), ("open", errno.EROFS)])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(archives, files, monkeypatch, where, code):
     path = files[True]
     before, around = path.read_bytes(), sorted(path.parent.iterdir())
@@ -233,7 +232,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(archives, files
     def fail(*_, **__):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(tempfile if where == "mkstemp" else os, where, fail)
+    monkeypatch.setattr(*(("miracle_ban.files.open", fail) if where == "open" else (os, where, fail)), raising=where != "open")
     with pytest.raises(MiracleError, match=os.strerror(code)):
         save(archives[False], path)
     monkeypatch.undo()

@@ -429,10 +429,10 @@ def test_posteriors_go_into_a_checkpoint_and_into_another_copy_whole(plan, how, 
         some = torch.randperm(p.mean.numel(), generator=generator)[: p.mean.numel() // 3]
         p.fix(some, torch.randn(len(some), generator=generator))
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.write(Path(folder) / "state", {"settings": {}, "stage": "fit", "own": checkpoint.posterior_state(bnn)})
+        checkpoint.write(Path(folder) / "state", {"settings": {}, "stage": "fit", "own": checkpoint.model_state(bnn)})
         saved = checkpoint.read(Path(folder) / "state", stage="fit", expected={})
-    checkpoint.restore_posteriors(other, saved["own"])
-    assert equal(checkpoint.posterior_state(other), checkpoint.posterior_state(bnn))
+    checkpoint.restore_model(other, saved["own"])
+    assert equal(checkpoint.model_state(other)["posteriors"], checkpoint.model_state(bnn)["posteriors"])
     assert torch.equal(kl(other), kl(bnn))
 
 

@@ -151,7 +151,7 @@ class Scorer:
         const, linear, quadratic = blocks.coefficients()
         signs = torch.from_numpy(randomness.flips(codebook.seed, numbers, tensor, self.dimension).astype(np.float64))
         turn = torch.from_numpy(randomness.rotation(codebook.seed, numbers, tensor, self.dimension))
-        source = (torch.arange(self.dimension)[None, :] + turn[:, None]) % self.dimension
+        source = (torch.arange(self.dimension, device="cpu")[None, :] + turn[:, None]) % self.dimension
         self._const = const.float()
         self._factors = torch.cat([torch.gather(linear * signs, 1, source), torch.gather(quadratic, 1, source)], 1).float()
 
@@ -195,13 +195,18 @@ def chunks(limit: int, first: int = 32) -> list[tuple[int, int]]:
     return result
 
 
+def as_tensor(value) -> Tensor:
+    """A tensor, array or number as float64 on the CPU, whatever torch's default device is."""
+    return (value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))).cpu().double()
+
+
 def checked(mean, std, prior_std) -> tuple[Tensor, Tensor, Tensor]:
     """Posterior and prior as float64 tensors on the CPU.
 
     Raises:
         CodingError: wrong shapes, or a value that is NaN, infinite or not positive where it must be.
     """
-    mean, std, prior_std = (torch.as_tensor(v).detach().cpu().double() for v in (mean, std, prior_std))
+    mean, std, prior_std = (as_tensor(v) for v in (mean, std, prior_std))
     if mean.dim() != 2 or mean.shape != std.shape:
         raise CodingError(f"mean and std must both be [blocks, d], not {tuple(mean.shape)} and {tuple(std.shape)}")
     try:

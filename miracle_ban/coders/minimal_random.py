@@ -14,7 +14,7 @@ import torch
 from ..bits import NATS_PER_BIT
 from ..errors import CodingError
 from ..gaussian import Blocks
-from .base import BlockCoder, Codewords, Scorer, chunks
+from .base import BlockCoder, Codewords, Scorer, as_tensor, chunks
 
 _EXTRA_BITS = {"sample": 0.0, "best": 2.0}
 _LONGEST_BITS = 24
@@ -61,7 +61,8 @@ class MinimalRandom(BlockCoder):
         bits = self._bits(scorer.kl_nats)
         entropy = [self.choice_seed, scorer.codebook.seed, scorer.tensor, *scorer.numbers[:1].tolist()]
         rng = torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        best, at = torch.full((scorer.count,), -torch.inf), torch.zeros(scorer.count, dtype=torch.int64)
+        best = torch.full((scorer.count,), -torch.inf, dtype=torch.float32, device="cpu")
+        at = torch.zeros(scorer.count, dtype=torch.int64, device="cpu")
         chosen = best.clone()
         for start, stop in chunks(1 << bits):
             for some in scorer.tiles(np.arange(scorer.count), stop - start):
@@ -81,7 +82,7 @@ class MinimalRandom(BlockCoder):
 
     def expected_bits(self, mean, std, prior_std) -> np.ndarray:
         """See `Coder.expected_bits`: every index has the same length."""
-        mean, std, prior_std = (torch.as_tensor(v).double() for v in (mean, std, prior_std))
+        mean, std, prior_std = (as_tensor(v) for v in (mean, std, prior_std))
         kl_nats = Blocks.of(mean, std, prior_std).kl_nats().numpy()
         return np.full(len(kl_nats), float(self._bits(kl_nats)))
 

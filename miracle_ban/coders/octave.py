@@ -18,7 +18,7 @@ from torch import Tensor
 from ..bits import NATS_PER_BIT, HuffmanTable
 from ..container import octaves
 from ..gaussian import Blocks
-from .base import BlockCoder, Codewords, Scorer, chunks
+from .base import BlockCoder, Codewords, Scorer, as_tensor, chunks
 
 LARGEST_LOG2_INDEX = 31
 _TYPICAL_OCTAVE_BITS = 3.5  # codeword of an octave in a fitted table
@@ -66,7 +66,7 @@ class OctaveCoder(BlockCoder):
 
     def expected_bits(self, mean, std, prior_std) -> np.ndarray:
         """See `Coder.expected_bits`: from the law of the index's octave, with one table for all these blocks."""
-        blocks = Blocks.of(*(torch.as_tensor(v).double() for v in (mean, std, prior_std)))
+        blocks = Blocks.of(*(as_tensor(v) for v in (mean, std, prior_std)))
         limits = self._limits_for_prediction(blocks)[:, None]
         edges = 2.0 ** np.arange(LARGEST_LOG2_INDEX + 1)
         survive = self._survival(blocks, np.log(edges))
@@ -134,7 +134,7 @@ class Search:
             for rows in self.scorer.tiles(searching, stop - start):
                 score = self.scorer.score(start, stop, rows)
                 if (self.limits[rows] < stop).any():
-                    beyond = torch.arange(start, stop)[:, None] >= torch.from_numpy(self.limits[rows])[None, :]
+                    beyond = torch.arange(start, stop, device="cpu")[:, None] >= torch.from_numpy(self.limits[rows])[None, :]
                     score.masked_fill_(beyond, -torch.inf)
                 part = Part(start, rows, score, score.amax(0).double().numpy())
                 better = part.top > self.best[rows]

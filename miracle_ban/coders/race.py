@@ -44,7 +44,7 @@ class _Race(OctaveCoder):
                 score = scorer.score(start, stop, rows)
                 log_time, time[rows] = self._log_times(rng, time[rows], start, stop, limits[rows])
                 lead = score - log_time
-                lead.masked_fill_(torch.arange(start, stop)[:, None] >= torch.from_numpy(limits[rows])[None, :], -torch.inf)
+                lead.masked_fill_(torch.arange(start, stop, device="cpu")[:, None] >= torch.from_numpy(limits[rows])[None, :], -torch.inf)
                 top = lead.max(0)
                 better = top.values.double().numpy() > best[rows]
                 best[rows] = np.where(better, top.values.double().numpy(), best[rows])

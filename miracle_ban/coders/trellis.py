@@ -8,7 +8,8 @@ states its mean log ratio is 0.91 bits for each bit that it takes, where one-blo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -182,9 +183,9 @@ def viterbi(
     first = scores(0, min(chunk, len(new_bits)))
     device = first.device
     if start is None:
-        total = torch.zeros(sequences, size, device=device)
+        total = torch.zeros(sequences, size, dtype=first.dtype, device=device)
     else:
-        total = torch.full((sequences, size), -torch.inf, device=device).scatter_(1, start[:, None].to(device), 0.0)
+        total = torch.full((sequences, size), -torch.inf, dtype=first.dtype, device=device).scatter_(1, start[:, None].to(device), 0.0)
     back: list[Tensor] = []
     for i in range(0, len(new_bits), chunk):
         block = first if i == 0 else scores(i, min(i + chunk, len(new_bits)))
@@ -210,30 +211,36 @@ def viterbi(
     return states, value
 
 
-def best_path(law: StepLaw, start: int = 0, first: int = 0, stop: int | None = None) -> tuple[np.ndarray, float]:
+def best_path(
+    law: StepLaw, start: int = 0, first: int = 0, stop: int | None = None, spread: Callable[..., Iterable[Any]] = map
+) -> tuple[np.ndarray, float]:
     """States of the steps first .. stop - 1 of one tensor, int64 `[steps]`, and the log ratio of the path, nats.
 
     A long sequence is cut into segments that are searched side by side. The states at the cuts are chosen beforehand, each
-    by a search of its neighbourhood; so far from the ends a path no longer depends on them.
+    by a search of its neighbourhood; so far from the ends a path no longer depends on them. `spread` maps a function over independent
+    searches, perhaps by several processes.
     """
     memory, stop = law.memory, law.rate.steps if stop is None else stop
     cuts = list(range(first + SEGMENT, stop - SEGMENT // 2, SEGMENT))
     side = max(1, min(_ROWS_IN_CACHE >> memory, _PATHS // (SEGMENT << memory)))
-    joints: dict[int, int] = {}
-    for some in (cuts[i : i + side] for i in range(0, len(cuts), side)):
+
+    def joints(some: list[int]) -> list[int]:
         states, _ = _search(law, [c - OVERLAP for c in some], 2 * OVERLAP, None, None)
-        joints.update(zip(some, states[OVERLAP - 1].tolist(), strict=True))
-    begins, before = [first, *cuts], [start, *(joints[c] for c in cuts)]
-    out, value = np.zeros(stop - first, np.int64), 0.0
-    for i in range(0, len(cuts), side):
-        wanted = before[i + 1 : i + 1 + side]
-        given = before[i : i + len(wanted)]
-        states, ratio = _search(law, begins[i : i + len(wanted)], SEGMENT, torch.tensor(given), torch.tensor(wanted))
-        out[begins[i] - first :][: SEGMENT * len(wanted)] = states.T.flatten().cpu().numpy()
-        value += float(ratio.double().sum())
-    states, ratio = _search(law, begins[-1:], stop - begins[-1], torch.tensor(before[-1:]), None)
-    out[begins[-1] - first :] = states[:, 0].cpu().numpy()
-    return out, value + float(ratio[0])
+        return states[OVERLAP - 1].tolist()
+
+    at_cuts = [state for found in spread(joints, [cuts[i : i + side] for i in range(0, len(cuts), side)]) for state in found]
+    begins, before = [first, *cuts], [start, *at_cuts]
+
+    def segments(i: int) -> tuple[np.ndarray, float]:
+        if i == len(cuts):  # what is left, whose end is free
+            states, ratio = _search(law, begins[-1:], stop - begins[-1], torch.tensor(before[-1:], device="cpu"), None)
+        else:
+            given, wanted = (torch.tensor(b[:side], device="cpu") for b in (before[i:-1], before[i + 1 :]))
+            states, ratio = _search(law, begins[i:-1][:side], SEGMENT, given, wanted)
+        return states.T.flatten().cpu().numpy(), float(ratio.double().sum())
+
+    paths, values = zip(*spread(segments, [*range(0, len(cuts), side), len(cuts)]), strict=True)
+    return np.concatenate(paths), sum(values)
 
 
 def _search(law: StepLaw, first: list[int], steps: int, start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor]:
