@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="few draws, and append no results")
     args = parser.parse_args()
     if args.smoke:
-        args.draws = 2000
+        args.draws = 600
     args.output.mkdir(parents=True, exist_ok=True)
     lines, steps = [], {}
     runs = [(name, pair) for pair in (LADDER[:2] if args.smoke else LADDER) for name in NAMES]
