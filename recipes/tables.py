@@ -290,6 +290,34 @@ def federated_table() -> str:
     return "\n".join(rows)
 
 
+def federated_plot(path: Path) -> None:
+    """Accuracy against rounds, and against the bits that a client sends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    latest = {(v["epsilon"], v["how"]): v for v in read_results("federated") if v["messages"] == 1}
+    levels = sorted({epsilon for epsilon, _ in latest}, reverse=True)
+    colours = {"no privacy": "#8d99ae", "float32": "#2e6f95", "8 bits": "#edae49", "index": "#d1495b"}
+    figure, axes = plt.subplots(1, len(levels) + 1, figsize=(4.2 * (len(levels) + 1), 3.6), layout="constrained", sharey=True)
+    for (epsilon, how), v in latest.items():
+        turn, _, accuracy = zip(*v["history"])
+        axes[levels.index(epsilon)].plot(turn, accuracy, "--" if how == "index" else "-", color=colours[how], label=how)
+        axes[-1].errorbar(v["bits_per_update"], v["accuracy"], v["accuracy_error"], fmt="o", color=colours[how])
+        place = (v["bits_per_update"], v["accuracy"])
+        axes[-1].annotate(f"{how}, {epsilon:g}", place, fontsize=7, xytext=(4, 5), textcoords="offset points")
+    for axis, epsilon in zip(axes, levels):
+        axis.set(title=f"epsilon = {epsilon:g}", xlabel="round")
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("test accuracy, %")
+    axes[-1].set(xscale="log", xlabel="bits of an update", title="after the last round")
+    for axis in axes:
+        axis.grid(alpha=0.25)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def audit_table() -> str:
     """What the law of the index keeps, given the shared randomness, for three codes of the same mechanism."""
     found = {v["epsilon"]: v["audit"] for v in read_results("federated") if v["audit"]}
@@ -363,6 +391,7 @@ def main() -> None:
     replace_section(TOP / "recipes" / "README.md", "realism", realism_table())
     replace_section(TOP / "recipes" / "README.md", "federated", federated_table())
     replace_section(TOP / "recipes" / "README.md", "audit", audit_table())
+    federated_plot(TOP / "recipes" / "results" / "federated.png")
     resnet_plot(TOP / "recipes" / "results" / "resnet_cifar10.png")
     replace_section(TOP / "recipes" / "README.md", "lenet5", lenet_seeds())
     replace_section(TOP / "recipes" / "README.md", "blocks", block_table())
