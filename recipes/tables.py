@@ -246,11 +246,11 @@ def gprs_table() -> str:
     for v in latest.values():
         theorem = "O(KL)" if v["steps_theorem"] is None else f"{v['steps_theorem']:,.2f}"
         entropy = "" if v["entropy_bits"] is None else f"{v['entropy_bits']:.2f}"
-        rows.append(
-            f"| N({v['mean']:g}, {v['std']:g}²) | {v['kl_bits']:.2f} | {v['d_inf_bits']:.2f} | {v['coder']} | {v['steps']:,.2f} ± "
-            f"{v['steps_error']:.2f} | {theorem} | {v['log2_index']:.2f} | {entropy} | {v['bound_bits']:.2f} | {v['codeword_bits']:.2f} "
-            f"| {v['p_value']:.2f} |"
-        )
+        cut = f", {100 * v['truncated']:.0f} % cut short" if v["truncated"] > 0.005 else ""
+        cells = [f"N({v['mean']:g}, {v['std']:g}²)", f"{v['kl_bits']:.2f}", f"{v['d_inf_bits']:.2f}", v["coder"]]
+        cells += [f"{v['steps']:,.2f} ± {v['steps_error']:.2f}{cut}", theorem, f"{v['log2_index']:.2f}", entropy]
+        cells += [f"{v['bound_bits']:.2f}", f"{v['codeword_bits']:.2f}", f"{v['p_value']:.2f}"]
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
