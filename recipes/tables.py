@@ -238,6 +238,96 @@ def text_table() -> str:
     return "\n".join(rows)
 
 
+def gprs_table() -> str:
+    """Steps and index of every search beside the theorems; of runs repeated the latest counts."""
+    latest = {(v["mean"], v["std"], v["coder"]): v for v in read_results("gprs_figures")}
+    columns = "Q, KL, D_inf, coder, steps, theorem, E[log2 K], H[K], KL + log2(KL + 1), in a file, p-value"
+    rows = ["| " + columns.replace(", ", " | ") + " |", "|" + "---|" * (columns.count(", ") + 1)]
+    for v in latest.values():
+        theorem = "O(KL)" if v["steps_theorem"] is None else f"{v['steps_theorem']:,.2f}"
+        entropy = "" if v["entropy_bits"] is None else f"{v['entropy_bits']:.2f}"
+        cut = f", {100 * v['truncated']:.0f} % cut short" if v["truncated"] > 0.005 else ""
+        cells = [f"N({v['mean']:g}, {v['std']:g}²)", f"{v['kl_bits']:.2f}", f"{v['d_inf_bits']:.2f}", v["coder"]]
+        cells += [f"{v['steps']:,.2f} ± {v['steps_error']:.2f}{cut}", theorem, f"{v['log2_index']:.2f}", entropy]
+        cells += [f"{v['bound_bits']:.2f}", f"{v['codeword_bits']:.2f}", f"{v['p_value']:.2f}"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def realism_table() -> str:
+    """Rate, distortion and realism of every code; of runs repeated the latest counts."""
+    latest = {(v["source"], v.get("kl_bits") and round(v["kl_bits"], 1), v["code"], v["source"] == "circle" and v["bits"]): v
+              for v in read_results("realism")}  # fmt: skip
+    rows = ["| source | code | bits | squared error | theory | off the law |", "|" + "---|" * 6]
+    for v in latest.values():
+        if v["code"] == "original":
+            rows.append(f"| {v['source']} | the images themselves | | 0 | | {v['realism']:.2f} |")
+            continue
+        theory = "" if "theorem" not in v else f"{v['theorem']:.3f}"
+        digits = 2 if v["source"] == "MNIST" else 3
+        rows.append(
+            f"| {v['source']} | {v['code']} | {v['bits']:.2f} | {v['distortion']:.4f} ± {v['distortion_error']:.4f} | {theory} "
+            f"| {v['realism']:.{digits}f} |"
+        )
+    return "\n".join(rows)
+
+
+def federated_table() -> str:
+    """Bits of an update, privacy and accuracy of every way to send it; of runs repeated the latest counts."""
+    latest = {(v["epsilon"], v["messages"], v["how"]): v for v in read_results("federated")}
+    columns = (
+        "message, epsilon of a message, messages of a client, epsilon of a client, bits of an update, fewer, accuracy %, less float32's"
+    )
+    rows = ["| " + columns.replace(", ", " | ") + " |", "|" + "---|" * (columns.count(", ") + 1)]
+    for (epsilon, messages, how), v in latest.items():
+        plain = latest[epsilon, messages, "float32"]["bits_per_update"]
+        of = ("", "") if how == "no privacy" else (f"{epsilon:g}", f"{v['epsilon_composed']:g}")
+        gap = "" if how in ("float32", "no privacy") else f"{v['gap']:+.2f} ± {v['gap_error']:.2f}"
+        rows.append(
+            f"| {how} | {of[0]} | {messages} | {of[1]} | {v['bits_per_update']:,.1f} | {plain / v['bits_per_update']:,.0f} "
+            f"| {v['accuracy']:.2f} ± {v['accuracy_error']:.2f} ({len(v['seeds'])} seeds) | {gap} |"
+        )
+    return "\n".join(rows)
+
+
+def federated_plot(path: Path) -> None:
+    """Accuracy against rounds, and against the bits that a client sends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    latest = {(v["epsilon"], v["how"]): v for v in read_results("federated") if v["messages"] == 1}
+    levels = sorted({epsilon for epsilon, _ in latest}, reverse=True)
+    colours = {"no privacy": "#8d99ae", "float32": "#2e6f95", "8 bits": "#edae49", "index": "#d1495b"}
+    figure, axes = plt.subplots(1, len(levels) + 1, figsize=(4.2 * (len(levels) + 1), 3.6), layout="constrained", sharey=True)
+    for (epsilon, how), v in latest.items():
+        turn, _, accuracy = zip(*v["history"])
+        axes[levels.index(epsilon)].plot(turn, accuracy, "--" if how == "index" else "-", color=colours[how], label=how)
+        axes[-1].errorbar(v["bits_per_update"], v["accuracy"], v["accuracy_error"], fmt="o", color=colours[how])
+        place = (v["bits_per_update"], v["accuracy"])
+        axes[-1].annotate(f"{how}, {epsilon:g}", place, fontsize=7, xytext=(4, 5), textcoords="offset points")
+    for axis, epsilon in zip(axes, levels):
+        axis.set(title=f"epsilon = {epsilon:g}", xlabel="round")
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("test accuracy, %")
+    axes[-1].set(xscale="log", xlabel="bits of an update", title="after the last round")
+    for axis in axes:
+        axis.grid(alpha=0.25)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def audit_table() -> str:
+    """What the law of the index keeps, given the shared randomness, for three codes of the same mechanism."""
+    found = {v["epsilon"]: v["audit"] for v in read_results("federated") if v["audit"]}
+    rows = ["| epsilon of the mechanism | by rank (sent here) | minimal random coding | rejection sampling |", "|" + "---|" * 4]
+    for epsilon, v in found.items():
+        each = [f"{e:.2f}" if e < float("inf") else "unbounded" for e in v.values()]
+        rows.append(f"| {epsilon:g} | " + " | ".join(each) + " |")
+    return "\n".join(rows)
+
+
 def keep(folder: Path) -> None:
     """Copy the best file of each budget to `pretrained/` and write the manifest, replacing the cards of the files that FOLDER has."""
     target = TOP / "pretrained" / "manifest.json"
@@ -297,6 +387,11 @@ def main() -> None:
     for page in (TOP, TOP / "recipes"):
         replace_section(page / "README.md", "contexts", contexts_table())
     replace_section(TOP / "recipes" / "README.md", "text", text_table())
+    replace_section(TOP / "recipes" / "README.md", "gprs", gprs_table())
+    replace_section(TOP / "recipes" / "README.md", "realism", realism_table())
+    replace_section(TOP / "recipes" / "README.md", "federated", federated_table())
+    replace_section(TOP / "recipes" / "README.md", "audit", audit_table())
+    federated_plot(TOP / "recipes" / "results" / "federated.png")
     resnet_plot(TOP / "recipes" / "results" / "resnet_cifar10.png")
     replace_section(TOP / "recipes" / "README.md", "lenet5", lenet_seeds())
     replace_section(TOP / "recipes" / "README.md", "blocks", block_table())

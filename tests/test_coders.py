@@ -444,6 +444,88 @@ def test_a_sample_is_drawn_in_proportion_to_its_ratio():
     assert stats.chisquare(counts, n * ratios / ratios.sum()).pvalue > helpers.FALSE_ALARM
 
 
+def test_a_target_given_by_its_ratio_along_a_direction_is_drawn_in_proportion():
+    """Chi-square of 500 draws among 16 candidates of a block, at a false-alarm rate of 1e-6; few weights and many."""
+    for d in (3, 20):
+        direction = np.random.default_rng(d).standard_normal((2, d))
+        shared = candidates_of(coders.get("minimal-random", bits=4), d, 16, block=5)
+        ratios = np.exp(np.abs(shared @ direction[1]))
+        counts = np.zeros(16)
+        for choice_seed in range(500):
+            coder = coders.get("minimal-random", bits=4, choice_seed=choice_seed)
+            words = coder.encode_along(direction, torch.abs, seed=3, tensor=1, blocks=[9, 5])
+            counts[words.index[1] - 1] += 1
+        assert np.isclose(np.log(ratios[words.index[1] - 1]), words.log_ratio_nats[1], atol=1e-4)
+        assert stats.chisquare(counts, 500 * ratios / ratios.sum()).pvalue > helpers.FALSE_ALARM
+        words = coders.get("minimal-random", bits=4, choice="best").encode_along(direction, torch.abs, seed=3, tensor=1, blocks=[9, 5])
+        assert words.index[1] - 1 == ratios.argmax()
+        assert (words.bits == 4.0).all()
+
+
+def candidates_of(coder, d: int, count: int, *, block: int, seed: int = 3, tensor: int = 1) -> np.ndarray:
+    nothing = np.zeros(count)
+    every = coders.Codewords(np.arange(1, count + 1), nothing, nothing, nothing.astype(bool), d)
+    return coder.decode(every, 1.0, seed=seed, tensor=tensor, blocks=np.full(count, block))
+
+
+def test_a_target_along_a_direction_sees_all_candidates_of_a_block_at_once():
+    """More candidates than one matrix product holds; the ratio goes by rank, and only the third of all may be sent."""
+    direction = np.random.default_rng(0).standard_normal((3, 12))
+    coder = coders.get("minimal-random", bits=13)
+
+    def third(along: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(along, -torch.inf).scatter_(0, along.topk(3, 0).indices[2:], 0.0)
+
+    words = coder.encode_along(direction, third, seed=3, tensor=1, blocks=[4, 5, 6])
+    for b, block in enumerate((4, 5, 6)):
+        along = candidates_of(coder, 12, 1 << 13, block=block) @ direction[b]
+        assert words.index[b] - 1 == np.argsort(-along)[2]
+
+
+def test_targets_along_a_direction_are_checked():
+    coder = coders.get("minimal-random", bits=4)
+    for bad in (np.zeros(3), np.full((1, 3), math.nan)):
+        with pytest.raises(CodingError, match="direction"):
+            coder.encode_along(bad, torch.abs, seed=0)
+    with pytest.raises(CodingError, match="bits"):
+        coders.get("minimal-random").encode_along(np.zeros((1, 3)), torch.abs, seed=0)
+    assert len(coder.encode_along(np.zeros((0, 3)), torch.abs, seed=0).index) == 0
+
+
+# --- the trail of a search ---
+
+
+@pytest.mark.parametrize("name", ["rejection", "gprs", "parallel-gprs", "branch-and-bound-gprs", "branch-and-bound-a-star"])
+def test_a_trail_holds_what_the_search_looked_at_and_changes_nothing(name):
+    count = 40
+    mean, std = np.full((count, 1), 1.0), np.full((count, 1), 0.25)
+    plain = coders.get(name).encode(mean, std, 1.0, seed=5)
+    coder = coders.get(name)
+    coder.trail = []
+    words = coder.encode(mean, std, 1.0, seed=5)
+    assert (words.index == plain.index).all()
+    row, number, time, ratio = (
+        np.concatenate([getattr(t, k) for t in coder.trail]) for k in ("rows", "candidate", "time", "log_ratio_nats")
+    )
+    nothing = np.zeros(len(number))
+    values = coder.decode(coders.Codewords(number, nothing, nothing, nothing.astype(bool), 1), 1.0, seed=5, blocks=row)
+    assert np.allclose(log_ratio(values, 1.0, 0.25), ratio, atol=1e-3)
+    assert all(((row == b) & (number == words.index[b])).any() for b in range(count))
+    law = stretch(Blocks.of(*(torch.as_tensor(v) for v in (mean, std)), torch.ones(())))
+    for b in range(count):
+        mine = row == b
+        height = np.log(time[mine]) if name == "rejection" else law.thresholds(np.full(mine.sum(), b), np.log(time[mine]))
+        accepted = number[mine][ratio[mine] >= height]
+        if name == "parallel-gprs":  # the earliest of all jobs
+            accepted = accepted[[np.argmin(time[mine][ratio[mine] >= height])]]
+        if name != "branch-and-bound-a-star":
+            assert accepted[0] == words.index[b]
+    if name.startswith("branch"):
+        low, high = (np.concatenate([getattr(t, k) for t in coder.trail]) for k in ("low", "high"))
+        assert (low < high).all()
+        assert (np.abs(stats.norm.cdf(values[:, 0]) - (low + high) / 2) <= (high - low) / 2 + 1e-7).all()
+
+
 # --- single weights: branch and bound ---
 
 NARROW = [(1.0, 0.25), (-2.0, 0.05), (3.0, 0.02), (0.0, 0.9), (3.0, 1e-3)]

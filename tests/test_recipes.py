@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -144,3 +145,101 @@ def test_ban_text_recipe_gives_back_every_byte_in_a_fresh_process(tmp_path):
     )
     assert done.returncode == 1
     assert "checksum" in done.stderr
+
+
+def test_gprs_recipe_counts_the_steps_that_the_theorems_say_and_draws_them(tmp_path):
+    lines = [json.loads(line) for line in run_recipe("gprs_figures.py", "--smoke", "-o", tmp_path).splitlines()]
+    assert len(lines) == 8
+    for v in lines:
+        assert v["truncated"] == 0
+        assert v["p_value"] > 1e-6
+        if v["steps_theorem"]:
+            assert abs(v["steps"] - v["steps_theorem"]) < 5 * v["steps_error"]
+        else:
+            assert 1 < v["steps"] < v["kl_bits"] + 2.5
+    for name in ("gprs_searches.png", "gprs_statistics.png"):
+        assert Image.open(tmp_path / name).size[0] > 800
+
+
+def test_realism_recipe_reads_real_files_and_shared_randomness_wins(tmp_path):
+    make_mnist(tmp_path / "data")
+    words = ("--smoke", "--data", tmp_path / "data", "--work", tmp_path, "-o", tmp_path)
+    lines = [json.loads(line) for line in run_recipe("realism.py", *words).splitlines()]
+    circle = {v["code"]: v for v in lines if v["source"] == "circle" and v["bits"] == 1}
+    assert (tmp_path / "circle-1-dithered.bin").stat().st_size == circle["dithered"]["count"] / 8
+    for v in circle.values():
+        assert abs(v["distortion"] - v["theorem"]) < 6 * v["distortion_error"]
+    for source in ("Gaussian", "MNIST"):
+        codes = {v["code"]: v for v in lines if v["source"] == source}
+        for name, v in codes.items():
+            if name not in ("trellis", "original"):
+                assert abs(v["bits"] / codes["gprs"]["bits"] - 1) < 0.1
+        if source == "Gaussian":
+            assert codes["rounded"]["distortion"] < codes["gprs"]["distortion"] < codes["private noise"]["distortion"]
+            assert max(codes[n]["realism"] for n in ("gprs", "private noise", "dithered")) < 0.3 * codes["rounded"]["realism"]
+            assert codes["gprs"]["distortion"] < 2 ** (1 - 2 * codes["gprs"]["bits"])  # no code can that shares no randomness
+        else:
+            assert codes["rounded"]["spread"] < 0.8 * codes["gprs"]["spread"]
+            assert (tmp_path / "mnist-6-gprs.bin").stat().st_size == codes["gprs"]["bytes"]
+    assert Image.open(tmp_path / "realism.png").size[0] > 800
+
+
+def federated():
+    sys.path.insert(0, str(TOP / "recipes"))
+    try:
+        import federated as recipe
+    finally:
+        sys.path.pop(0)
+    return recipe
+
+
+def test_federated_recipe_learns_from_indices_of_eight_bits_and_goes_on_where_it_was(tmp_path):
+    make_mnist(tmp_path / "data")
+    words = ("--smoke", "--data", tmp_path / "data", "--work", tmp_path)
+    lines = {v["how"]: v for v in map(json.loads, run_recipe("federated.py", *words).splitlines())}
+    assert [round(lines[how]["bits_per_update"]) for how in ("float32", "8 bits", "index")] == [23040, 5792, 8]
+    assert lines["no privacy"]["accuracy"] > 80
+    assert lines["index"]["accuracy"] > 30  # by chance 10
+    assert lines["index"]["epsilon_of_client"] == 8
+    log = next(tmp_path.glob("federated-*.jsonl"))
+    kept = log.read_text().splitlines()
+    log.write_text("\n".join(kept[:-1]) + "\n")
+    again = {v["how"]: v for v in map(json.loads, run_recipe("federated.py", *words).splitlines())}
+    assert len(log.read_text().splitlines()) == len(kept) == 4
+    assert all(again[how]["accuracies"] == lines[how]["accuracies"] for how in lines)
+
+
+def test_the_index_of_a_private_update_is_private_given_the_shared_randomness():
+    """Laws of the index of many updates, given the same candidates; other codes of the same mechanism keep less."""
+    for epsilon, bits in ((1.0, 6), (4.0, 8), (8.0, 10)):
+        found = federated().audit(epsilon, bits)
+        assert math.isclose(found["index"], epsilon, rel_tol=1e-9)
+        assert epsilon < found["minimal random coding"] <= 2 * epsilon
+        assert found["rejection sampling"] == math.inf
+
+
+def test_private_updates_are_unbiased_whichever_way_they_are_sent():
+    recipe, rng = federated(), np.random.default_rng(0)
+    direction = rng.standard_normal(recipe.LENGTH)
+    u = torch.from_numpy(np.tile(direction / np.linalg.norm(direction), (3000, 1))).float()
+    for how in ("float32", "8 bits", "index"):
+        channel = recipe.Channel(how, 4.0, 7, secret=3)
+        numbers = np.arange(len(u))
+        found = channel.unpack(channel.pack(u, numbers), numbers) @ u[0].numpy().astype(float)
+        assert abs(found.mean() - 1) < 5 * found.std() / math.sqrt(len(found)), how
+
+
+def test_composed_privacy_is_that_of_repeated_randomised_response():
+    """Which is the worst of all mechanisms; its delta is a finite sum. The next smaller epsilon' of the theorem's grid is too small."""
+    composed = federated().composed
+
+    def delta(epsilon: float, times: int, total: float) -> float:
+        p = math.exp(epsilon) / (1 + math.exp(epsilon))
+        laws = [(math.comb(times, j), p ** (times - j) * (1 - p) ** j, p**j * (1 - p) ** (times - j)) for j in range(times + 1)]
+        return sum(n * max(a - math.exp(total) * b, 0.0) for n, a, b in laws)
+
+    for epsilon, times, allowed in ((1.0, 10, 1e-5), (0.1, 60, 1e-5), (0.5, 30, 1e-3), (4.0, 2, 1e-5)):
+        found = composed(epsilon, times, allowed)
+        assert delta(epsilon, times, found) <= allowed * (1 + 1e-9)
+        assert found == times * epsilon or delta(epsilon, times, found - 2 * epsilon) > allowed
+    assert composed(0.1, 60, 1e-5) < 4

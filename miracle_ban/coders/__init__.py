@@ -9,7 +9,7 @@ from typing import Any
 
 from ..container import CODERS
 from ..errors import MismatchError
-from .base import BlockCoder, Coder, Codewords
+from .base import BlockCoder, Coder, Codewords, Looked
 from .branch_and_bound import BranchAndBoundAStar, BranchAndBoundGreedyPoisson
 from .gprs import GreedyPoisson, ParallelGreedyPoisson
 from .minimal_random import MinimalRandom
@@ -19,7 +19,7 @@ from .trellis import Trellis
 
 __all__ = [
     "IDS", "AStar", "BlockCoder", "BranchAndBoundAStar", "BranchAndBoundGreedyPoisson", "Coder", "Codewords", "GreedyPoisson",
-    "MinimalRandom", "OrderedRandom", "ParallelGreedyPoisson", "Rejection", "Trellis", "get",
+    "Looked", "MinimalRandom", "OrderedRandom", "ParallelGreedyPoisson", "Rejection", "Trellis", "get",
 ]  # fmt: skip
 
 _CLASSES: dict[str, type[Coder]] = {

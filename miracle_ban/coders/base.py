@@ -45,6 +45,26 @@ class Codewords:
     info: dict = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Looked:
+    """Candidates that a search held against its rule, in its order; arrays `[n]`.
+
+    Attributes:
+        rows: the blocks.
+        candidate: their numbers, from 1.
+        time: of arrival; of rejection sampling the height u r_max that the density ratio is held against.
+        log_ratio_nats: of the candidates.
+        low, high: of branch and bound, the interval that each was drawn from, as quantiles of the prior.
+    """
+
+    rows: np.ndarray
+    candidate: np.ndarray
+    time: np.ndarray
+    log_ratio_nats: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+
+
 class Coder(abc.ABC):
     """A relative entropy coder: encodes a draw of each row's posterior in a few bits, with shared randomness."""
 
@@ -76,6 +96,7 @@ class BlockCoder(Coder):
     """A coder whose codewords are candidate numbers: one integer for each block."""
 
     largest_dimension = LARGEST_DIMENSION  # weights in one block
+    trail: list[Looked] | None = None  # give it a list, and a rejection, GPRS or branch-and-bound search leaves there what it looks at
 
     def encode(self, mean, std, prior_std, *, seed: int, tensor: int = 0, blocks=None, codebook: Codebook | None = None) -> Codewords:
         """Code one draw of every block.
@@ -113,6 +134,10 @@ class BlockCoder(Coder):
 
     def _encode(self, scorer: Scorer) -> Codewords:
         raise NotImplementedError
+
+    def _look(self, looked: Looked) -> None:
+        if self.trail is not None:
+            self.trail.append(looked)
 
     @abc.abstractmethod
     def index_bits(self, index: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import torch
 from .. import tree
 from ..errors import CodingError
 from ..gaussian import Blocks, stretch
-from .base import BlockCoder, Codebook, Codewords, checked
+from .base import BlockCoder, Codebook, Codewords, Looked, checked
 from .octave import octave_bits, table_bits
 
 _TRIALS = 64  # searches with other randomness that `expected_bits` averages over
@@ -113,6 +113,7 @@ class _BranchAndBound(BlockCoder):
             u = tree.point(words[rows, depth], low[rows], high[rows])
             x = tree.quantile(u)
             ratio, log_time = const[rows] + x * linear[rows, 0] + x * x * quadratic[rows, 0], np.log(time[rows])
+            self._look(Looked(rows, node[rows], time[rows], ratio, low[rows] / _WHOLE, high[rows] / _WHOLE))
             lead = leads(rows, ratio, log_time)
             better = lead > best[rows]
             best[rows] = np.where(better, lead, best[rows])

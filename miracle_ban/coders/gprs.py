@@ -8,13 +8,14 @@ candidate is zero, and the best of them, the one of largest r, is sent.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from ..errors import CodingError
 from ..gaussian import Blocks, Stretch, stretch, super_level
-from .base import Codewords, Scorer
+from .base import Codewords, Looked, Scorer
 from .octave import OctaveCoder, Part, Search
 
 _NODES = 48  # of a quadrature
@@ -54,7 +55,7 @@ class GreedyPoisson(OctaveCoder):
         rng = self._generator(scorer.codebook.seed, scorer.tensor, int(scorer.numbers[0]))
         time = np.zeros(scorer.count)  # arrival time of the last candidate looked at
         for part in search.parts():
-            _first_arrivals(law, part, search, time, rng)
+            _first_arrivals(law, part, search, time, rng, self._look)
         return search.codewords()
 
     def predict_bits(self, kl_bits: float) -> float:
@@ -70,7 +71,9 @@ class GreedyPoisson(OctaveCoder):
         return np.exp(-np.exp(log_candidates[None, :] + super_level(blocks)[1][:, None]))
 
 
-def _first_arrivals(law: Stretch, part: Part, search: Search, time: np.ndarray, rng: np.random.Generator) -> None:
+def _first_arrivals(
+    law: Stretch, part: Part, search: Search, time: np.ndarray, rng: np.random.Generator, look: Callable[[Looked], None]
+) -> None:
     """Draw arrival times of the candidates that may pass, in order, and accept each block's first that does.
 
     Between two looked-at candidates n apart the time grows by a Gamma(n) variable, so the others need no draw. `time` is
@@ -94,6 +97,7 @@ def _first_arrivals(law: Stretch, part: Part, search: Search, time: np.ndarray, 
         time[rows[c]] += rng.standard_gamma(part.start + i + 1 - reached[c])
         reached[c] = part.start + i + 1
         value = part.score[i, c].double().numpy()
+        look(Looked(rows[c], reached[c], time[rows[c]], value))
         passes = value >= law.thresholds(rows[c], _log(time[rows[c]]))
         search.accept(rows[c[passes]], reached[c[passes]], value[passes])
     left = ~search.found[rows] & (reached < part.stop)
@@ -139,6 +143,9 @@ class ParallelGreedyPoisson(GreedyPoisson):
                 if len(times[mine]):
                     clock[j, rows] = times[mine][-1]
             values = part.score.numpy()
+            if self.trail is not None:
+                number, row = np.indices(times.shape).reshape(2, -1)
+                self._look(Looked(rows[row], start + number + 1, times.ravel(), values.ravel()))
             i, c = np.nonzero(values >= law.thresholds(rows, _log(times.min(0)))[None, :])
             passes = values[i, c] >= law.thresholds(rows[c], _log(times[i, c]))
             i, c = i[passes], c[passes]

@@ -12,7 +12,7 @@ import torch
 from ..bits import NATS_PER_BIT
 from ..errors import CodingError
 from ..gaussian import Blocks
-from .base import Codewords, Scorer
+from .base import Codewords, Looked, Scorer
 from .octave import OctaveCoder, Search
 
 _SURE = 64.0  # the search may go on for this many times the mean index: it fails with probability exp(-64)
@@ -48,6 +48,10 @@ class Rejection(OctaveCoder):
         rng = self._generator(scorer.codebook.seed, scorer.tensor, int(scorer.numbers[0]))
         for part in search.parts():
             log_u = torch.from_numpy(-rng.standard_exponential(tuple(part.score.shape), dtype=np.float32))
+            if self.trail is not None:
+                number, row = np.indices(log_u.shape).reshape(2, -1)
+                height = np.exp(log_u.numpy() + peak[part.rows][None, :])
+                self._look(Looked(part.rows[row], part.start + number + 1, height.ravel(), part.score.numpy().ravel().copy()))
             part.score -= log_u
             part.top = part.score.amax(0).double().numpy()
             search.accept_first(part, peak[part.rows])
