@@ -114,8 +114,10 @@ def encode(
     """
     started = time.monotonic()
     progress = progress and distributed.rank() == 0
-    if not 0 <= seed < 1 << 64:
-        raise CodingError(f"seed must be from 0 to 2^64 - 1, not {seed}")
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise CodingError(f"seed must be an integer from 0 to 2^64 - 1, not {seed!r}")
+    if block_bits is not None and not block_bits > 0:
+        raise CodingError(f"block_bits must be positive, not {block_bits}")
     device = next(model.parameters()).device
     attention: BayesianAttention | None = getattr(model, "bayesian_attention", None)
     if context is not None and attention is None:

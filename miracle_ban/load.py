@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .container import RAW_DTYPES, Archive
 from .decode import bind_entries, find, open, stored_array, stored_arrays
-from .errors import FileFormatError
+from .errors import FileFormatError, MismatchError
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -90,7 +90,8 @@ def load(path, model=None, *, device=None):
 
     Raises:
         FileFormatError: the file is damaged.
-        MismatchError: the file was made for another architecture, or carries no names and no model is given.
+        MismatchError: the file was made for another architecture, or carries no names and no model is given, or the model is
+            on the meta device.
     """
     state = decode(open(path), model)
     if model is None:
@@ -100,7 +101,13 @@ def load(path, model=None, *, device=None):
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
-    """`model.load_state_dict` of plain tensors: modules that ask which version of themselves wrote them are told their own."""
+    """`model.load_state_dict` of plain tensors: modules that ask which version of themselves wrote them are told their own.
+
+    Raises:
+        MismatchError: the model is on the meta device, where there are no weights to overwrite.
+    """
+    if any(t.is_meta for t in model.state_dict().values()):
+        raise MismatchError(f"this {type(model).__name__} is on the meta device and has no weights to overwrite: build it on the cpu")
     versioned = OrderedDict(state)
     versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(versioned, strict=strict)

@@ -29,7 +29,7 @@ from .bits import NATS_PER_BIT, parse_bytes
 from .convert import conversion, drop_units
 from .errors import BudgetError, MiracleError
 from .layers import posteriors, use_mode
-from .objective import Steering, beta_elbo
+from .objective import Steering, beta_elbo, descent
 from .plan import carries_names, kl_bits_by_tensor, predicted_index_bits, side_bits, skeleton
 from .structure import Link
 
@@ -111,6 +111,8 @@ class Feed:
         self.sharded = is_sharded(batches) if sharded is None else sharded
         self._turns, self._turn = (1, 0) if self.sharded else (distributed.world_size(), distributed.rank())
         self._draws = torch.Generator().manual_seed(seed).get_state() if self._turns > 1 else None
+        if num_examples is not None and num_examples < 1:
+            raise MiracleError(f"num_examples must be at least 1, not {num_examples}")
         self.num_examples = num_examples or self._count()
         self._source: Iterator | None = None
         self._passes = 0  # begun so far
@@ -273,6 +275,8 @@ def train_step(
     """
     if attention is None:
         value, extra = loss(model(batch[0]), batch[1]), None
+        if not (isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad):
+            raise MiracleError("loss(outputs, targets) must return a scalar tensor that depends on the outputs: do not detach them")
     else:
         value, extra = attention.losses(model, batch, loss, num_examples)
     held = posteriors(model)
@@ -353,6 +357,8 @@ def fit(
         MiracleError: the loss diverged, batches are not (inputs, targets), or another process has died.
     """
     started = time.monotonic()
+    if not (math.isfinite(epochs) and epochs > 0 and math.isfinite(learning_rate) and learning_rate > 0):
+        raise MiracleError(f"epochs and learning_rate must be positive, not {epochs} and {learning_rate}")
     links = conversion(model).links
     device = next(model.parameters()).device
     progress = progress and distributed.rank() == 0
@@ -496,7 +502,7 @@ class _Course:
             self.kl_nats = kl_nats
         predicted = self.bits_per_nat * self.kl_nats
         if self.goal is not None:
-            target = _target(step / self.steps, min(self.first, LARGEST_START * self.goal), self.goal)
+            target = descent(step / self.steps, min(self.first, LARGEST_START * self.goal), self.goal)
             if general:
                 self.beta = self.steering.update(predicted, target)
             if self.drop and (step + 1) % max(1, self.steps // 10) == 0 and step >= 0.3 * self.steps:
@@ -552,13 +558,6 @@ def index_budget_bits(budget_bytes: int, side: float) -> float:
             f"raise it above {math.ceil(need / 0.9)} bytes, or code more of the model (see print(model.conversion))"
         )
     return left
-
-
-def _target(part: float, first: float, goal: float) -> float:
-    """Predicted index bits to aim at: down geometrically to `goal` over the first 60 % of the run, then level."""
-    way = min(1.0, part / 0.6)
-    start = max(first, goal)
-    return start ** (1 - way) * goal**way
 
 
 def _narrow(model: nn.Module, feed: Feed, loss: Loss, target: float, steps: int, learning_rate: float, progress: bool) -> None:

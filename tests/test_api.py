@@ -21,9 +21,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # the house of the design, top to bottom: a module imports only from those above it
 ORDER = [
-    "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "distributed", "gaussian", "coders", "layers",
-    "structure", "convert", "inputs", "teaching", "reconstruct", "ban", "recursion", "plan", "objective", "checkpoint",
-    "train", "penalty", "packing", "block_packing", "trellis_packing", "encode", "load", "hub", "sources", "plots", "demo", "cli",
+    "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "distributed", "gaussian",
+    "coders", "layers", "structure", "convert", "inputs", "teaching", "reconstruct", "ban", "recursion", "plan", "objective",
+    "checkpoint", "train", "penalty", "packing", "block_packing", "trellis_packing", "encode", "load", "hub", "sources", "plots",
+    "demo", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}
 

@@ -317,3 +317,10 @@ def test_the_decoded_network_is_an_ordinary_one_to_every_tool(files):
         fresh.load_state_dict(net.state_dict())
         assert torch.equal(fresh.eval()(images), wanted)
         assert torch.allclose(net.half()(images.half()).float(), wanted, rtol=0.05, atol=0.05)
+
+
+def test_a_model_without_memory_is_refused(tmp_path):
+    archive = miracle_ban.encode(miracle_ban.convert(nn.Linear(3, 2)), progress=False)
+    save(archive, tmp_path / "net.mban")
+    with pytest.raises(MismatchError, match="meta device"):
+        load(tmp_path / "net.mban", nn.Linear(3, 2, device="meta"))

@@ -17,9 +17,8 @@ import miracle_ban
 from miracle_ban import convert, encode, kl
 from miracle_ban.errors import BudgetError, MiracleError, MismatchError
 from miracle_ban.layers import use_mode
-from miracle_ban.objective import descent
 from miracle_ban.penalty import Penalty
-from miracle_ban.train import _target, make_optimizer
+from miracle_ban.train import make_optimizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.partition("### In a training loop of your own")[2].partition("\n### ")[0], re.DOTALL)
@@ -77,12 +76,6 @@ def test_what_makes_no_sense_is_refused(trained_net):
             Penalty(bnn, **options)
     with pytest.raises(BudgetError, match="cannot be met"):
         Penalty(bnn, num_examples=10, budget=12, steps=10)
-
-
-def test_the_descent_is_that_of_fit():
-    for part in (0.0, 0.3, 0.6, 0.9, 1.0):
-        for first, goal in ((1e5, 3e3), (1e3, 3e3)):
-            assert descent(part, first, goal) == _target(part, first, goal)
 
 
 def loader() -> DataLoader:

@@ -272,3 +272,21 @@ def test_a_step_of_steering_is_at_most_its_gain():
     steering = Steering(1.0, gain=0.05)
     assert steering.update(1e12, 1.0) == pytest.approx(math.exp(0.05))
     assert 1.0 < Steering(1.0, gain=0.05).update(1.02, 1.0) < 1.01
+
+
+@pytest.mark.parametrize(
+    "options", [{"epochs": 0}, {"epochs": -1}, {"epochs": float("nan")}, {"learning_rate": 0}, {"num_examples": 0}, {"num_examples": -5}]
+)
+def test_numbers_that_make_no_sense_are_refused(options):
+    bnn = convert(nn.Linear(3, 2))
+    with pytest.raises(MiracleError, match="must be"):
+        fit(bnn, [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))], F.cross_entropy, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda o, t: F.cross_entropy(o.detach(), t), lambda o, t: F.cross_entropy(o, t, reduction="none"), lambda o, t: 1.0]
+)
+def test_a_loss_that_nothing_can_be_learned_from_is_refused(loss):
+    bnn = convert(nn.Linear(3, 2))
+    with pytest.raises(MiracleError, match="scalar tensor that depends on the outputs"):
+        fit(bnn, [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))], loss, progress=False)
