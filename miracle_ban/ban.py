@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import distributed
 from .convert import conversion, drop_units
 from .errors import MiracleError, MismatchError
 from .inputs import batches_of
@@ -378,6 +379,7 @@ class BayesianAttention(nn.Module):
     def settle(self, model: nn.Module, batches: Iterable[Any]) -> None:
         """Find z of the context of everything, and leave `model` conditioned on it."""
         self.general.copy_(self.latent_of(batches))
+        distributed.synchronise([self.general])
         self.condition(model, self.general)
 
     # --- use ------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def _read(path: Path, stage: str, expected: dict[str, Any]) -> dict[str, Any] | 
         settings = content["settings"]
     except Exception as error:  # torch raises whatever the damage leads to
         raise CodingError(f"cannot read the checkpoint {path} ({type(error).__name__}); delete it to begin again") from None
-    if content.get("version") != _VERSION:
+    if content.pop("version", None) != _VERSION:
         raise CodingError(f"the checkpoint {path} was written by another release: finish with that one, or delete it to begin again")
     if content.get("stage") != stage:
         raise CodingError(f"{path} is a checkpoint of {content.get('stage')}, not of {stage}: give each its own file")

@@ -423,8 +423,6 @@ def fit(
         bar.close()
         if attention is not None:
             attention.settle(model, batches)
-            distributed.synchronise([attention.general])
-            attention.condition(model, attention.general)
     distributed.synchronise(checkpoints.buffers(model).values())
     held = posteriors(model)
     report.kl_bits_by_tensor = kl_bits_by_tensor(model)
