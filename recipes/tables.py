@@ -35,6 +35,11 @@ NNCODEC = {  # bytes, top-1 and agreement with the float network on the same 5,0
 LEVEL_NAMES = {"weights": "the weights alone", "inputs": "1,024 images without labels", "data": "the training set"}
 
 
+INR_SETS = {"cifar10": "CIFAR-10's test images", "kodak": "the Kodak images, 96x96 in the middle"}
+INR_PARTS = {"matrix": "the matrix", "context": "mean and std from coarser weights", "sine": "the sine network"}
+RECOMBINER = ((0.297, 23.592), (0.719, 27.222), (0.938, 28.505), (1.531, 30.911), (1.922, 32.168), (3.344, 35.732))  # as published
+
+
 def read_results(recipe: str) -> list[dict[str, Any]]:
     """All result lines of a recipe."""
     path = TOP / "recipes" / "results" / f"{recipe}.jsonl"
@@ -328,6 +333,67 @@ def audit_table() -> str:
     return "\n".join(rows)
 
 
+def inr_runs(task: str) -> list[dict[str, Any]]:
+    """Result lines of the images of one set, by size; of runs repeated the latest counts."""
+    latest = {v["size"]: v for v in read_results("inr_image") if v["task"] == task}
+    return [latest[size] for size in sorted(latest)]
+
+
+def inr_table() -> str:
+    """Images coded each in a file of its own, beside what WebP and JPEG need for the same quality."""
+    rows = [
+        "| images | file, bytes | bits a pixel | PSNR, dB | of the bytes not v | KL, bits | WebP of that PSNR, bytes | JPEG, bytes |",
+        "|" + "---|" * 8,
+    ]
+    for task, name in INR_SETS.items():
+        for v in inr_runs(task):
+            rows.append(
+                f"| {v['images']} of {name} | {v['bytes']:.1f} | {v['bpp']:.3f} | **{v['psnr']:.2f}** ± {v['psnr_error']:.2f} "
+                f"| {v['bytes'] - v['index_bits'] / 8:.1f} | {v['kl_bits']:.0f} | {v['webp_bytes']:.0f} | {v['jpeg_bytes']:.0f} |"
+            )
+    return "\n".join(rows)
+
+
+def inr_parts() -> str:
+    """What the parts of the codec are worth: held-out training images, posteriors fitted but not coded."""
+    latest = {(v["steps"], v["batch"], *v["without"]): v for v in read_results("inr_image") if v["task"] == "prior"}
+    rows = ["| codec | learned for | PSNR at 790 bits of KL, dB | at 1,740 bits |", "|---|---|---|---|"]
+    for v in sorted(latest.values(), key=lambda v: (-v["steps"] * v["batch"], len(v["without"]))):
+        without = " and ".join(INR_PARTS[k] for k in v["without"])
+        name = f"without {without}" if without else "whole"
+        learned = f"{v['steps']:,} steps of {v['batch']} images"
+        rows.append(f"| {name} | {learned} | {v['psnr_790']:.2f} | {v['psnr_1740']:.2f} |")
+    return "\n".join(rows)
+
+
+def inr_plot(path: Path) -> None:
+    """PSNR against the rate, files with everything in them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sets = [task for task in INR_SETS if inr_runs(task)]
+    if not sets:
+        return
+    figure, axes = plt.subplots(1, len(sets), figsize=(5 * len(sets), 4), squeeze=False)
+    for axis, task in zip(axes[0], sets, strict=True):
+        runs = inr_runs(task)
+        pixels = runs[-1]["crop"] ** 2
+        axis.plot([v["bpp"] for v in runs], [v["psnr"] for v in runs], "o-", label="inr_image.py")
+        for kind, name in (("webp", "WebP"), ("jpeg", "JPEG")):
+            points = [(8 * b / pixels, q) for b, q in runs[-1][f"{kind}_curve"]]
+            axis.plot(*zip(*points, strict=True), "--", label=name)
+        if task == "cifar10":
+            axis.plot(*zip(*RECOMBINER, strict=True), "s:", color="gray", label="RECOMBINER (He et al. 2024), indices only")
+        limit = 1.5 * max(v["bpp"] for v in runs)
+        axis.set(title=INR_SETS[task], xlabel="bits a pixel, whole file", ylabel="PSNR, dB", xlim=(0, max(limit, 4)), ylim=(20, 37))
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def keep(folder: Path) -> None:
     """Copy the best file of each budget to `pretrained/` and write the manifest, replacing the cards of the files that FOLDER has."""
     target = TOP / "pretrained" / "manifest.json"
@@ -393,6 +459,9 @@ def main() -> None:
     replace_section(TOP / "recipes" / "README.md", "audit", audit_table())
     federated_plot(TOP / "recipes" / "results" / "federated.png")
     resnet_plot(TOP / "recipes" / "results" / "resnet_cifar10.png")
+    replace_section(TOP / "recipes" / "README.md", "images", inr_table())
+    replace_section(TOP / "recipes" / "README.md", "image parts", inr_parts())
+    inr_plot(TOP / "recipes" / "results" / "inr_image.png")
     replace_section(TOP / "recipes" / "README.md", "lenet5", lenet_seeds())
     replace_section(TOP / "recipes" / "README.md", "blocks", block_table())
     replace_section(TOP / "recipes" / "README.md", "speed", speed_table())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -243,3 +247,60 @@ def test_composed_privacy_is_that_of_repeated_randomised_response():
         assert delta(epsilon, times, found) <= allowed * (1 + 1e-9)
         assert found == times * epsilon or delta(epsilon, times, found - 2 * epsilon) > allowed
     assert composed(0.1, 60, 1e-5) < 4
+
+
+def imported(recipe: str) -> ModuleType:
+    """A recipe as a module."""
+    sys.path.insert(0, str(TOP / "recipes"))
+    try:
+        return importlib.import_module(recipe)
+    finally:
+        sys.path.pop(0)
+
+
+def make_smooth_cifar10(root: Path) -> None:
+    """Mosaics of images that are slow waves of every colour."""
+    rng = np.random.default_rng(0)
+    (root / "cifar10").mkdir(parents=True)
+    wave = np.cos(np.pi * np.arange(3)[:, None] * (np.arange(32) + 0.5) / 32)
+    for stem, rows in (*((f"train_{k}", 11) for k in range(1, 6)), ("test_00000_04999", 1)):
+        images = np.einsum("nabc,ay,bx->nyxc", rng.normal(0, 25, (100 * rows, 3, 3, 3)), wave, wave) + 128
+        mosaic = images.clip(0, 255).astype(np.uint8).reshape(rows, 100, 32, 32, 3).swapaxes(1, 2).reshape(32 * rows, 3200, 3)
+        Image.fromarray(mosaic).save(root / "cifar10" / f"{stem}.webp", lossless=True, method=0)
+    np.save(root / "cifar10" / "train_labels.npy", np.zeros(5500, np.uint8))
+    np.save(root / "cifar10" / "test_00000_04999_labels.npy", np.zeros(100, np.uint8))
+
+
+def test_inr_recipe_codes_images_into_files_that_a_fresh_process_decodes_to_the_reported_quality(tmp_path):
+    make_smooth_cifar10(tmp_path / "data")
+    codec = ("--smoke", "--codec", tmp_path / "codec.npz", "--data", tmp_path / "data", "--work", tmp_path)
+    learned = json.loads(run_recipe("inr_image.py", "prior", *codec))
+    assert (tmp_path / "codec.npz").stat().st_size == learned["codec_bytes"]
+    line = json.loads(run_recipe("inr_image.py", "evaluate", *codec, "--sizes", 120))
+    sizes = [p.stat().st_size for p in sorted((tmp_path / "inr-cifar10-120").glob("*.mban"))]
+    assert len(sizes) == 2
+    assert line["bytes"] == sum(sizes) / 2 <= 120
+    assert line["psnr"] > 32  # a grey image: about 15
+
+    wide = np.asarray(Image.open(tmp_path / "data" / "cifar10" / "test_00000_04999.webp").convert("RGB"))[:, :64]
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    cost = json.loads(run_recipe("inr_image.py", "encode", tmp_path / "wide.png", tmp_path / "wide.mban", "--bytes", 200, *codec))
+    assert (tmp_path / "wide.mban").stat().st_size == cost["bytes"] <= 200
+    inr_image = imported("inr_image")
+    back = inr_image.decode_file(inr_image.load_codec(tmp_path / "codec.npz"), tmp_path / "wide.mban")
+    assert back.shape == wide.shape
+    error = np.square(back.astype(float) - wide).mean() / 255**2
+    assert -10 * np.log10(error) == pytest.approx(cost["psnr"], abs=0.01)
+    assert cost["psnr"] > 30
+
+
+def test_the_codec_in_pretrained_is_that_of_the_result_lines_and_every_size_of_image_has_its_own_mark():
+    inr_image = imported("inr_image")
+    sides = range(1, inr_image.LARGEST + 1)
+    marks = {inr_image.fingerprint([("v", (inr_image.WEIGHTS, r, c))]): (r, c) for r in sides for c in sides}
+    assert len(marks) == len(sides) ** 2
+    assert all(inr_image.tiles_of(mark) == tiles for mark, tiles in list(marks.items())[::17])
+    lines = [json.loads(line) for line in (TOP / "recipes" / "results" / "inr_image.jsonl").read_text().splitlines()]
+    digest = hashlib.sha256(inr_image.CODEC.read_bytes()).hexdigest()
+    assert {v["codec_sha256"] for v in lines if v["task"] == "cifar10"} == {digest}
+    assert inr_image.CODEC.stat().st_size < 300_000
