@@ -158,7 +158,7 @@ def encode_image(codec: Codec, x: Tensor, size: int, posterior: tuple[Tensor, ..
         held.log_std.copy_(std[0].log())
     rate = nearest_rate(size, mean[0, 0].numel())
     archive = miracle_ban.encode(
-        bnn, [(rate, x)], lambda image, target: (image - target).square().sum() / (2 * water), num_examples=1, budget=size,
+        bnn, [(rate, x)], lambda image, target: (image - target).square().sum() / (2 * float(water)), num_examples=1, budget=size,
         coder=miracle_ban.coders.get("trellis", memory=args.memory), names=False, rounds=args.rounds, refine_steps=args.refine_steps,
         learning_rate=args.refine_rate, progress=False,
     )  # fmt: skip
