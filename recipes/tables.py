@@ -61,11 +61,11 @@ def lenet_table() -> str:
     for (budget, coder), lines in sorted(lenet_groups().items()):
         errors = [v["error"] for v in lines]
         sizes = [v["bytes"] for v in lines]
-        each = ", ".join(f"{e:.2f}" for e in errors)
-        name = f"**miracle_ban**, `{coder}`, budget {budget:,}, seeds {', '.join(str(v['seed']) for v in lines)}"
-        rows.append(
-            f"| {name} | **{max(sizes):,}** (largest) | {1_724_320 / max(sizes):,.0f} | **{median(errors):.2f}** (median of {each}) |"
-        )
+        many = len(lines) > 1
+        name = f"**miracle_ban**, `{coder}`, budget {budget:,}, seed{'s' * many} {', '.join(str(v['seed']) for v in lines)}"
+        each = f" (median of {', '.join(f'{e:.2f}' for e in errors)})" * many
+        size = f"**{max(sizes):,}**" + " (largest)" * many
+        rows.append(f"| {name} | {size} | {1_724_320 / max(sizes):,.0f} | **{median(errors):.2f}**{each} |")
     rows += [f"| {what} | {size:,} | {1_724_320 / size:,.0f} | {error:.2f} |" for size, error, what in PUBLISHED]
     return "\n".join(rows)
 
