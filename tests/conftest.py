@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # for the fixtures of sessions and modules, which come before those of functions
-    if config.getoption("--update-golden"):
+    if config.getoption("--update-golden") and not hasattr(config, "workerinput"):
         import make_golden
 
         make_golden.write()
