@@ -29,6 +29,7 @@ from .block_packing import BlockPacking
 from .container import Archive
 from .convert import as_module, convert
 from .errors import BudgetError, CodingError, MiracleWarning
+from .feed import Feed, is_sharded
 from .inputs import batches_of, made_for
 from .layers import posteriors
 from .objective import Steering
@@ -39,12 +40,10 @@ from .teaching import Taught, imitation
 from .train import (
     BLOCK_BITS,
     LOG_STD_RATE,
-    Feed,
     Loss,
     Session,
     fit,
     index_budget_bits,
-    is_sharded,
     make_optimizer,
     seeded,
     train_step,

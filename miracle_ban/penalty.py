@@ -13,9 +13,9 @@ from . import coders
 from .bits import parse_bytes
 from .errors import MiracleError
 from .layers import kl, posteriors
-from .objective import Steering, descent
+from .objective import descent
 from .plan import carries_names, kl_bits_by_tensor, predicted_index_bits, side_bits, skeleton
-from .train import BLOCK_BITS, FIRST_BETA, LARGEST_START, SHORT_RUN_RESPONSE, SLOW_GAIN, Session, index_budget_bits
+from .train import BLOCK_BITS, FIRST_BETA, LARGEST_START, Session, index_budget_bits, start_steering
 
 _EVERY = 20  # steps after which bits are predicted anew; in between they follow the KL
 
@@ -68,9 +68,7 @@ class Penalty:
         names = carries_names(None, model, None if self.budget_bytes is None else 8.0 * self.budget_bytes)
         self._side = side_bits(skeleton(model, coder=self._coder, seed=0, names=names))
         self._goal = None if self.budget_bytes is None else index_budget_bits(self.budget_bytes, self._side)
-        short = self.steps < 30.0 / SLOW_GAIN  # then beta must be able to cross four decades faster, and be damped
-        gain = 30.0 / self.steps if short and self.steps else SLOW_GAIN
-        self._steering = Steering(beta if self._goal is None else FIRST_BETA, gain=gain, response=SHORT_RUN_RESPONSE if short else 0.0)
+        self._steering = start_steering(beta if self._goal is None else FIRST_BETA, self.steps)
         self._first, self._bits_per_nat, self._next = self._predict(), 0.0, self._steering.beta
 
     @property

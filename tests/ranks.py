@@ -88,7 +88,7 @@ def fitting(rank: int, folder: Path) -> dict[str, Any]:
 
 def sharing(rank: int, folder: Path) -> dict[str, Any]:
     """Which examples each process gets of a plain loader, pass by pass."""
-    from miracle_ban.train import Feed
+    from miracle_ban.feed import Feed
 
     numbers = torch.arange(70)
     feed = Feed(DataLoader(TensorDataset(numbers, numbers), batch_size=10, shuffle=True), torch.device("cpu"), seed=3)

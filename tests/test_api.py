@@ -23,7 +23,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "distributed", "gaussian",
     "coders", "layers", "structure", "convert", "inputs", "teaching", "reconstruct", "ban", "recursion", "plan", "objective",
-    "checkpoint", "train", "penalty", "packing", "block_packing", "trellis_packing", "encode", "load", "hub", "sources", "plots",
+    "checkpoint", "feed", "train", "penalty", "packing", "block_packing", "trellis_packing", "encode", "load", "hub", "sources", "plots",
     "demo", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from miracle_ban import convert, encode, fit, kl
 from miracle_ban.errors import BudgetError, CodingError, MiracleError, MismatchError
+from miracle_ban.feed import Feed
 from miracle_ban.layers import posteriors, use_mode
 from miracle_ban.objective import Steering, beta_elbo
-from miracle_ban.train import Feed, FitReport
+from miracle_ban.train import FitReport
 
 QUIET = {"progress": False}
 
