@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import miracle_ban
 from miracle_ban import BayesianAttention, MiracleError, convert, distributed, encode, fit
 from miracle_ban.coders import Trellis
+from miracle_ban.feed import is_sharded
 from miracle_ban.layers import posteriors
 
 QUIET = {"progress": False}
@@ -82,6 +83,39 @@ def fitting(rank: int, folder: Path) -> dict[str, Any]:
             "digest": posterior_digest(bnn), "history": sha(json.dumps(report.history).encode()), "steps": report.steps,
             "examples": report.num_examples, "seen": sum(seen), "noise": noise[-1], "widths": report.widths, "beta": report.beta,
             "predicted": report.predicted_bytes,
+        }  # fmt: skip
+    return told
+
+
+def prepared(rank: int, folder: Path) -> dict[str, Any]:
+    """`fit` and `encode` with loaders that Accelerate and Lightning Fabric prepared."""
+    from accelerate import Accelerator, DataLoaderConfiguration
+    from lightning_fabric import Fabric
+
+    processes = dist.get_world_size()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # fmt: skip
+    fabric = Fabric(accelerator="cpu", devices=processes, strategy="ddp")
+    fabric.launch()
+    told: dict[str, Any] = {}
+    for name in ("fabric", "accelerate", "split", "dispatch"):
+        if name == "fabric":
+            batches: Any = fabric.setup_dataloaders(plain())
+        else:
+            settings = DataLoaderConfiguration(split_batches=name == "split", dispatch_batches=name == "dispatch")
+            batches = Accelerator(cpu=True, dataloader_config=settings).prepare(plain())
+        bnn, seen = convert(network()), []
+
+        def watched(out: torch.Tensor, y: torch.Tensor, seen: list = seen) -> torch.Tensor:
+            seen.append(len(y))
+            return F.cross_entropy(out, y)
+
+        report = fit(bnn, batches, watched, budget=200, epochs=10, coder=TRELLIS, **QUIET)
+        examples = sum(seen)
+        archive = encode(bnn, batches, F.cross_entropy, coder=TRELLIS, rounds=2, refine_steps=4, **QUIET)
+        told[name] = {
+            "loader": type(batches).__name__, "sharded": is_sharded(batches), "examples": report.num_examples, "seen": examples,
+            "file": sha(archive.to_bytes()), "bytes": archive.size_bytes,
         }  # fmt: skip
     return told
 

@@ -15,7 +15,7 @@ from miracle_ban import distributed
 from miracle_ban.errors import MiracleError
 
 SCENARIOS = ["sharing:4", "fitting:2", "faulty:2", "dying:2", "resuming:2", "refining:1", "refining:2", "searching:1", "searching:2",
-             "searching:4", "attending:2"]  # fmt: skip
+             "searching:4", "attending:2", "prepared:2"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,16 @@ def test_fit_gives_every_process_the_same_posteriors_from_noise_and_data_of_its_
     assert ranks[0]["widths"]["1"] < 12  # units were dropped, the same ones
     assert ranks[0]["noise"] != ranks[1]["noise"]
     assert [r["seen"] for r in ranks] == [1280, 1280]  # two passes of narrowing and eight, half of the data each
+
+
+@pytest.mark.parametrize("engine", ["fabric", "accelerate", "split", "dispatch"])
+def test_a_loader_that_an_engine_prepared_gives_each_process_its_share(told, engine):
+    ranks = [r[engine] for r in told["prepared:2"]["told"]]
+    assert alike([r["sharded"] for r in ranks]) is True
+    assert alike([r["examples"] for r in ranks]) == 256
+    assert [r["seen"] for r in ranks] == [10 * 128] * 2  # of 10 passes, each its half
+    alike([r["file"] for r in ranks])
+    assert ranks[0]["bytes"] <= 200
 
 
 def test_attention_trains_on_contexts_of_every_process_and_packages_for_one(told):
