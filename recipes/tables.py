@@ -55,6 +55,54 @@ def lenet_groups() -> dict[tuple[int, str], list[dict[str, Any]]]:
     return groups
 
 
+def overview() -> str:
+    """One row a recipe: command, minutes, what the newest lines say, and what others published or proved."""
+    lenet = [v for group in lenet_groups().values() for v in group]
+    smallest = min(lenet, key=lambda v: v["budget"])["budget"]
+    own = [v for v in lenet if v["budget"] == smallest]
+    resnet = min((v for v in resnet_runs(20) if v["float_top1"] - v["top1"] <= 1.0), key=lambda v: v["bytes"])
+    contexts = {(v["task"], v["context"], v["kind"]): v for v in read_results("ban_contexts")}
+    special = [v["share"] for (task, _, kind), v in contexts.items() if task == "digits" and kind == "specialised"]
+    text = {(v["coded"], v["attention"]): v for v in read_results("ban_text")}.values()
+    length = sum(v["bytes"] for v in text if v["attention"] == "on")
+
+    def bits_per_byte(key: str, attention: str = "on") -> float:
+        return 8 * sum(v[key] for v in text if v["attention"] == attention) / length
+
+    image = min(inr_runs("cifar10"), key=lambda v: abs(v["bpp"] - RECOMBINER[2][0]))
+    circle = {v["code"]: v for v in read_results("realism") if v["source"] == "circle" and v["bits"] == 1}
+    federated = {v["how"]: v for v in read_results("federated") if v["epsilon"] == 8}
+    search = next(v for v in read_results("gprs_figures") if v["coder"] == "gprs")
+    models = read_results("coverage")
+    rows = [
+        ("lenet5_mnist", f"--budget {smallest}", median(sum(v["seconds"].values()) for v in own),
+         f"{max(v['bytes'] for v in own):,} B, {median(v['error'] for v in own):.2f} % (median of {len(own)})",
+         "MIRACLE: 1,552 B of indices, 0.96 %"),
+        ("resnet_cifar10", resnet["command"].partition(".py ")[2], resnet["seconds"],
+         f"ResNet-20 in {resnet['bytes']:,} B, top-1 {resnet['top1'] - resnet['float_top1']:+.2f}", "NNCodec: 123,911 B, top-1 -0.16"),
+        ("ban_contexts", "--task digits", None,
+         f"{100 * sum(special) / len(special):.0f} % of the general package's bytes on average of {len(special)} sets of digits", ""),
+        ("ban_text", "train --attention on", None, f"{bits_per_byte('coded_bytes'):.3f} bits a byte, {bits_per_byte('coded_bytes', 'off'):.3f} "
+         "without attention", f"xz -9e: {bits_per_byte('xz_bytes'):.3f}"),
+        ("inr_image", "evaluate", image.get("seconds"), f"{image['psnr']:.2f} dB at {image['bpp']:.3f} bits a pixel, all bytes counted",
+         f"RECOMBINER: {RECOMBINER[2][1]:.2f} dB, indices alone"),
+        ("realism", "", circle["dithered"]["seconds"], f"squared error at one bit on the circle {circle['dithered']['distortion']:.3f}",
+         f"without shared randomness at least {circle['private noise']['theorem']:.3f}"),
+        ("federated", "", sum(v["seconds"] for v in read_results("federated")),
+         f"{federated['float32']['bits_per_update'] / federated['index']['bits_per_update']:,.0f} times fewer bits, accuracy "
+         f"{federated['index']['gap']:+.2f} ± {federated['index']['gap_error']:.2f} points", "Shah et al. 2022: as accurate in about epsilon bits"),
+        ("gprs_figures", "", sum(v["seconds"] for v in read_results("gprs_figures")),
+         f"{search['steps']:.2f} ± {search['steps_error']:.2f} steps of GPRS", f"theorem: {search['steps_theorem']:.2f}"),
+        ("coverage", "", sum(v["convert_s"] + v["encode_s"] + v["load_s"] for v in models),
+         f"{sum(not v['problems'] for v in models)} of {len(models)} models tried come back the same", ""),
+    ]  # fmt: skip
+    lines = ["| recipe | minutes | result | published or proved |", "|" + "---|" * 4]
+    for recipe, options, seconds, result, published in rows:
+        command = f"`python recipes/{recipe}.py {options}".rstrip() + "`"
+        lines.append(f"| {command} | {'' if seconds is None else f'{seconds / 60:.0f}'} | {result} | {published} |")
+    return "\n".join(lines)
+
+
 def lenet_table() -> str:
     """LeNet-5 on MNIST: our files, every seed, beside what is published."""
     rows = ["| LeNet-5 on MNIST, 1,724,320 bytes as float32 | file, bytes | ratio | test error, % |", "|---|---|---|---|"]
@@ -328,7 +376,7 @@ def audit_table() -> str:
     found = {v["epsilon"]: v["audit"] for v in read_results("federated") if v["audit"]}
     rows = ["| epsilon of the mechanism | by rank (sent here) | minimal random coding | rejection sampling |", "|" + "---|" * 4]
     for epsilon, v in found.items():
-        each = [f"{e:.2f}" if e < float("inf") else "unbounded" for e in v.values()]
+        each = ["unbounded" if e is None else f"{e:.2f}" for e in v.values()]
         rows.append(f"| {epsilon:g} | " + " | ".join(each) + " |")
     return "\n".join(rows)
 
@@ -449,6 +497,7 @@ def main() -> None:
     replace_section(TOP / "README.md", "results", lenet_table())
     replace_section(TOP / "README.md", "resnets", resnet_table())
     replace_section(TOP / "README.md", "coders", coder_table())
+    replace_section(TOP / "recipes" / "README.md", "recipes", overview())
     replace_section(TOP / "recipes" / "README.md", "coverage", coverage_table())
     for page in (TOP, TOP / "recipes"):
         replace_section(page / "README.md", "contexts", contexts_table())
