@@ -21,8 +21,8 @@ always accepts a candidate in the half-space, so an index after such a candidate
 Composition: messages of different clients concern different data; k messages of one client are k epsilon-private, or (epsilon', 1e-5) by
 the optimal composition of Kairouz, Oh and Viswanath 2015. Real clients must take their own randomness from the system, not from a seed.
 
-Finished runs are kept in WORK, so that an interrupted sweep goes on where it was. Five minutes on one core; `recipes/tables.py` draws
-the picture.
+Finished runs are kept in WORK, so that an interrupted sweep goes on where it was. Fifteen minutes on two cores; `recipes/tables.py`
+draws the picture.
 """
 
 from __future__ import annotations
