@@ -1,6 +1,7 @@
-"""LeNet-5 on MNIST: a trained network of 1,724,320 bytes becomes a file of about a kilobyte.
+"""LeNet-5 on MNIST: a trained network of 1,724,320 bytes becomes a file of about a kilobyte. LeNet-300-100, too.
 
     python recipes/lenet5_mnist.py --budget 1140 --seed 0 --data ../data
+    python recipes/lenet5_mnist.py --network lenet300 --budget 2500 --float-epochs 30 --epochs 150 --data ../data
 
 Trains the float network (two minutes) and the posteriors (seven), both kept in --work, packages them (three), decodes the file
 in a fresh process, reports the error on the official test split and appends one line to `recipes/results/lenet5_mnist.jsonl`.
@@ -51,10 +52,27 @@ class LeNet5(nn.Module):
         return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
 
 
-def train_float(batches: Batches, *, epochs: int, seed: int, path: Path, classes: int = 10) -> LeNet5:
+class LeNet300(nn.Module):
+    """LeNet-300-100: fc 784-300, fc 300-100, fc 100-10; 266,610 weights."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(784, 300)
+        self.fc2 = nn.Linear(300, 100)
+        self.fc3 = nn.Linear(100, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores `[n, 10]` of images `[n, 1, 28, 28]`."""
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))))
+
+
+NETWORKS: dict[str, tuple[str, type[nn.Module]]] = {"lenet5": ("LeNet-5", LeNet5), "lenet300": ("LeNet-300-100", LeNet300)}
+
+
+def train_float(batches: Batches, *, epochs: int, seed: int, path: Path, classes: int = 10, make: type[nn.Module] = LeNet5) -> nn.Module:
     """The ordinary network to start from, trained once per seed and kept at `path`."""
     torch.manual_seed(seed)
-    net = LeNet5(classes)
+    net = make(classes)
     if path.exists():
         net.load_state_dict(torch.load(path, weights_only=True))
         return net
@@ -72,9 +90,9 @@ def train_float(batches: Batches, *, epochs: int, seed: int, path: Path, classes
     return net
 
 
-def decoded_error(path: Path, data: dict[str, tuple[Tensor, Tensor]], part: str) -> tuple[float, str]:
-    """Decode a file into a fresh LeNet-5: test error in percent, and the SHA-256 over all weights."""
-    net = miracle_ban.load(path, LeNet5())
+def decoded_error(path: Path, network: str, data: dict[str, tuple[Tensor, Tensor]], part: str) -> tuple[float, str]:
+    """Decode a file into a fresh network: error in percent, and the SHA-256 over all weights."""
+    net = miracle_ban.load(path, NETWORKS[network][1]())
     digest = weights_digest(net)
     return error_percent(net, *data[part], mean=INPUT_MEAN, std=INPUT_STD), digest
 
@@ -82,6 +100,7 @@ def decoded_error(path: Path, data: dict[str, tuple[Tensor, Tensor]], part: str)
 def main() -> None:
     """Run the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="lenet5")
     parser.add_argument("--budget", default="1140", help="bytes of the whole file, or text such as '1.5 kB'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coder", default="trellis")
@@ -93,14 +112,14 @@ def main() -> None:
     parser.add_argument("--refine-steps", type=int, default=60)
     parser.add_argument("--data", help="folder that holds mnist/; default $MIRACLE_BAN_DATA, else ./data by download")
     parser.add_argument("--work", type=Path, default=Path("work"), help="float network and checkpoint")
-    parser.add_argument("-o", "--output", type=Path, help="default WORK/lenet5-mnist-BUDGET-sSEED.mban")
+    parser.add_argument("-o", "--output", type=Path, help="default WORK/NETWORK-mnist-BUDGET-sSEED.mban")
     parser.add_argument("--fit-only", action="store_true", help="stop after training the posteriors; run again to package them")
     parser.add_argument("--check", type=Path, help="only decode this file and print its test error and weights' SHA-256")
     parser.add_argument("--smoke", action="store_true", help="a few steps on 2,000 images, for the tests")
     args = parser.parse_args()
     data = mnist(data_root(args.data))
     if args.check:
-        error, digest = decoded_error(args.check, data, "test")
+        error, digest = decoded_error(args.check, args.network, data, "test")
         print(json.dumps({"error": error, "sha256_weights": digest}))
         return
     if args.smoke:
@@ -108,12 +127,14 @@ def main() -> None:
         args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 20, 1, 3, 2, "4 kB"
     batches = Batches(*data["train"], size=BATCH, mean=INPUT_MEAN, std=INPUT_STD, distortion=DISTORTION)
     args.work.mkdir(parents=True, exist_ok=True)
-    stem = f"lenet5-mnist-{parse_bytes(args.budget)}-s{args.seed}"
+    stem = f"{args.network}-mnist-{parse_bytes(args.budget)}-s{args.seed}"
     posteriors = args.work / f"{stem}-{args.epochs:g}-{args.weights_per_bit:g}-{args.distil:g}.posteriors"
     output = args.output or args.work / f"{stem}.mban"
 
     started = time.monotonic()
-    net = train_float(batches, epochs=args.float_epochs, seed=args.seed, path=args.work / f"float-s{args.seed}.pt")
+    title, make = NETWORKS[args.network]
+    kept = args.work / f"float-{'' if make is LeNet5 else args.network + '-'}s{args.seed}.pt"
+    net = train_float(batches, epochs=args.float_epochs, seed=args.seed, path=kept, make=make)
     seconds = {"float": time.monotonic() - started}
     float_error = error_percent(net, *data["test"], mean=INPUT_MEAN, std=INPUT_STD)
 
@@ -150,16 +171,16 @@ def main() -> None:
 
     with use_mode(bnn, "mean"):
         encoder_error = error_percent(bnn, *data["test"], mean=INPUT_MEAN, std=INPUT_STD)
-    fresh = [sys.executable, __file__, "--check", str(output), *(["--data", args.data] if args.data else [])]
+    fresh = [sys.executable, __file__, "--network", args.network, "--check", str(output), *(["--data", args.data] if args.data else [])]
     checked = json.loads(subprocess.run(fresh, check=True, capture_output=True, text=True).stdout)
-    validation_error, digest = decoded_error(output, data, "validation")
+    validation_error, digest = decoded_error(output, args.network, data, "validation")
     if checked["sha256_weights"] != digest:
         raise SystemExit("a fresh process decoded other weights")
     if not args.smoke and checked["error"] != encoder_error:
         raise SystemExit(f"the decoded network errs {checked['error']} %, the encoder's {encoder_error} %")
-    info = archive.info
+    info, other = archive.info, "" if make is LeNet5 else f" --network {args.network}"
     line = {
-        "task": "LeNet-5 on MNIST", "bytes": size, "error": checked["error"], "validation_error": round(validation_error, 3),
+        "task": f"{title} on MNIST", "bytes": size, "error": checked["error"], "validation_error": round(validation_error, 3),
         "float_error": float_error, "budget": report.budget_bytes, "seed": args.seed, "coder": args.coder, "epochs": args.epochs,
         "distil": args.distil,
         "seconds": {k: round(v, 1) for k, v in seconds.items()}, "widths": report.widths, "live_weights": report.live_weights,
@@ -168,7 +189,7 @@ def main() -> None:
         "log2_ratio_per_block": info["log2_ratio_per_block"], "j_bits_per_block": info["j_bits_per_block"], "encode_beta": info["beta"],
         "sha256": hashlib.sha256(output.read_bytes()).hexdigest(), "sha256_weights": digest, "file": output.name,
         "input_mean": INPUT_MEAN, "input_std": INPUT_STD,
-        "command": f"python recipes/lenet5_mnist.py --budget {args.budget} --seed {args.seed} --epochs {args.epochs:g} "
+        "command": f"python recipes/lenet5_mnist.py{other} --budget {args.budget} --seed {args.seed} --epochs {args.epochs:g} "
         f"--weights-per-bit {args.weights_per_bit:g} --rounds {args.rounds} --refine-steps {args.refine_steps} --coder {args.coder} "
         f"--float-epochs {args.float_epochs} --distil {args.distil:g}",
     }  # fmt: skip

@@ -22,11 +22,14 @@ PUBLISHED = (  # bytes, error in percent, what
     (1_694, 0.83, "MIRACLE, independent re-implementation, a real file"),
     (1_552, 0.96, "MIRACLE (Havasi et al. 2019), indices only"),
     (3_105, 0.69, "MIRACLE (Havasi et al. 2019), indices only"),
+    (2_840, 1.00, "entropy-penalised reparameterisation (Oktay et al. 2020)"),
     (10_540, 0.83, "pruning, retraining and NNCodec 2.1.3 (the MPEG standard)"),
     (10_234, 0.89, "pruning, retraining, codebook and entropy coder"),
 )
-
-
+LENETS = {  # name, bytes as float32, what is published
+    "lenet5": ("LeNet-5", 1_724_320, PUBLISHED),
+    "lenet300": ("LeNet-300-100", 1_066_440, ((8_560, 1.90, "entropy-penalised reparameterisation (Oktay et al. 2020)"),)),
+}
 RESNETS = {20: 1_092_520, 56: 3_451_984}  # bytes as float32
 NNCODEC = {  # bytes, top-1 and agreement with the float network on the same 5,000 images, of NNCodec 2.1.3 on the same weights
     20: ((159_933, 91.44, 98.7), (128_829, 91.06, 97.2), (123_911, 91.32, 97.3), (95_675, 90.04, 94.8), (72_845, 88.08, 91.1)),
@@ -46,9 +49,10 @@ def read_results(recipe: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
 
 
-def lenet_groups() -> dict[tuple[int, str], list[dict[str, Any]]]:
-    """Result lines of LeNet-5 by (budget, coder); of runs repeated with the same command the latest counts."""
-    latest = {line["command"]: line for line in read_results("lenet5_mnist")}
+def lenet_groups(network: str = "LeNet-5") -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Result lines of a network by (budget, coder); of runs repeated with the same budget, coder and seed the latest counts."""
+    own = (v for v in read_results("lenet5_mnist") if v["task"] == f"{network} on MNIST")
+    latest = {(v["budget"], v["coder"], v["seed"]): v for v in own}
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for line in sorted(latest.values(), key=lambda v: (v["budget"], v["coder"], v["seed"])):
         groups.setdefault((line["budget"], line["coder"]), []).append(line)
@@ -82,15 +86,16 @@ def overview() -> str:
          f"ResNet-20 in {resnet['bytes']:,} B, top-1 {resnet['top1'] - resnet['float_top1']:+.2f}", "NNCodec: 123,911 B, top-1 -0.16"),
         ("ban_contexts", "--task digits", None,
          f"{100 * sum(special) / len(special):.0f} % of the general package's bytes on average of {len(special)} sets of digits", ""),
-        ("ban_text", "train --attention on", None, f"{bits_per_byte('coded_bytes'):.3f} bits a byte, {bits_per_byte('coded_bytes', 'off'):.3f} "
-         "without attention", f"xz -9e: {bits_per_byte('xz_bytes'):.3f}"),
+        ("ban_text", "train --attention on", None, f"{bits_per_byte('coded_bytes'):.3f} bits a byte, "
+         f"{bits_per_byte('coded_bytes', 'off'):.3f} without attention", f"xz -9e: {bits_per_byte('xz_bytes'):.3f}"),
         ("inr_image", "evaluate", image.get("seconds"), f"{image['psnr']:.2f} dB at {image['bpp']:.3f} bits a pixel, all bytes counted",
          f"RECOMBINER: {RECOMBINER[2][1]:.2f} dB, indices alone"),
         ("realism", "", circle["dithered"]["seconds"], f"squared error at one bit on the circle {circle['dithered']['distortion']:.3f}",
          f"without shared randomness at least {circle['private noise']['theorem']:.3f}"),
         ("federated", "", sum(v["seconds"] for v in read_results("federated")),
          f"{federated['float32']['bits_per_update'] / federated['index']['bits_per_update']:,.0f} times fewer bits, accuracy "
-         f"{federated['index']['gap']:+.2f} ± {federated['index']['gap_error']:.2f} points", "Shah et al. 2022: as accurate in about epsilon bits"),
+         f"{federated['index']['gap']:+.2f} ± {federated['index']['gap_error']:.2f} points",
+         "Shah et al. 2022: as accurate in about epsilon bits"),
         ("gprs_figures", "", sum(v["seconds"] for v in read_results("gprs_figures")),
          f"{search['steps']:.2f} ± {search['steps_error']:.2f} steps of GPRS", f"theorem: {search['steps_theorem']:.2f}"),
         ("coverage", "", sum(v["convert_s"] + v["encode_s"] + v["load_s"] for v in models),
@@ -103,33 +108,57 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def lenet_table() -> str:
-    """LeNet-5 on MNIST: our files, every seed, beside what is published."""
-    rows = ["| LeNet-5 on MNIST, 1,724,320 bytes as float32 | file, bytes | ratio | test error, % |", "|---|---|---|---|"]
-    for (budget, coder), lines in sorted(lenet_groups().items()):
+def lenet_table(network: str, float_bytes: int, published: tuple[tuple[int, float, str], ...]) -> str:
+    """A LeNet on MNIST: our files, every seed, beside what is published."""
+    rows = [f"| {network} on MNIST, {float_bytes:,} bytes as float32 | file, bytes | ratio | test error, % |", "|---|---|---|---|"]
+    for (budget, coder), lines in sorted(lenet_groups(network).items()):
         errors = [v["error"] for v in lines]
         sizes = [v["bytes"] for v in lines]
         many = len(lines) > 1
         name = f"**miracle_ban**, `{coder}`, budget {budget:,}, seed{'s' * many} {', '.join(str(v['seed']) for v in lines)}"
         each = f" (median of {', '.join(f'{e:.2f}' for e in errors)})" * many
         size = f"**{max(sizes):,}**" + " (largest)" * many
-        rows.append(f"| {name} | {size} | {1_724_320 / max(sizes):,.0f} | **{median(errors):.2f}**{each} |")
-    rows += [f"| {what} | {size:,} | {1_724_320 / size:,.0f} | {error:.2f} |" for size, error, what in PUBLISHED]
+        rows.append(f"| {name} | {size} | {float_bytes / max(sizes):,.0f} | **{median(errors):.2f}**{each} |")
+    rows += [f"| {what} | {size:,} | {float_bytes / size:,.0f} | {error:.2f} |" for size, error, what in published]
     return "\n".join(rows)
 
 
+def lenet_plot(path: Path) -> None:
+    """Test error of LeNet-5 against the size of its file: every seed, medians, and every published point."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    groups = [v for (_, coder), v in sorted(lenet_groups().items()) if coder == "trellis"]
+    every = [(v["bytes"], v["error"]) for own in groups for v in own]
+    middle = [(max(v["bytes"] for v in own), median(v["error"] for v in own)) for own in groups]
+    axis.plot(*zip(*every), "o", color="#d1495b", alpha=0.4, label="miracle_ban, each seed")
+    axis.plot(*zip(*middle), "-s", color="#d1495b", label="miracle_ban, medians")
+    for (size, error, what), marker in zip(PUBLISHED, "Dv^<>PX", strict=True):
+        axis.plot(size, error, marker, color="#2e6f95", label=what)
+    axis.set(xscale="log", xlabel="bytes", ylabel="test error, %", title="LeNet-5 on MNIST")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.grid(alpha=0.25, which="both")
+    axis.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def lenet_seeds() -> str:
-    """Every run of LeNet-5 with its parts."""
-    columns = "budget, coder, seed, bytes, test error %, float error %, widths, blocks, KL bits, codeword bits, log2 r, J, fit s, encode s"
+    """Every run of the LeNets with its parts."""
+    columns = "network, budget, coder, seed, bytes, test error %, float error %, widths"
+    columns += ", blocks, KL bits, codeword bits, log2 r, J, fit s, encode s"
     rows = ["| " + columns.replace(", ", " | ") + " |", "|" + "---|" * (columns.count(", ") + 1)]
-    for (budget, coder), lines in sorted(lenet_groups().items()):
-        for v in lines:
-            widths = "-".join(str(w) for w in v["widths"].values())
-            rows.append(
-                f"| {budget:,} | {coder} | {v['seed']} | {v['bytes']:,} | {v['error']:.2f} | {v['float_error']:.2f} | {widths} "
-                f"| {v['blocks']} | {v['kl_bits_per_block']:.2f} | {v['codeword_bits_per_block']:.2f} | {v['log2_ratio_per_block']:.2f} "
-                f"| {v['j_bits_per_block']:.2f} | {v['seconds']['fit']:.0f} | {v['seconds']['encode']:.0f} |"
-            )
+    runs = [(name, *key, v) for name, *_ in LENETS.values() for key, lines in sorted(lenet_groups(name).items()) for v in lines]
+    for name, budget, coder, v in runs:
+        widths = "-".join(str(w) for w in v["widths"].values())
+        rows.append(
+            f"| {name} | {budget:,} | {coder} | {v['seed']} | {v['bytes']:,} | {v['error']:.2f} | {v['float_error']:.2f} | {widths} "
+            f"| {v['blocks']} | {v['kl_bits_per_block']:.2f} | {v['codeword_bits_per_block']:.2f} | {v['log2_ratio_per_block']:.2f} "
+            f"| {v['j_bits_per_block']:.2f} | {v['seconds']['fit']:.0f} | {v['seconds']['encode']:.0f} |"
+        )
     return "\n".join(rows)
 
 
@@ -446,9 +475,10 @@ def keep(folder: Path) -> None:
     """Copy the best file of each budget to `pretrained/` and write the manifest, replacing the cards of the files that FOLDER has."""
     target = TOP / "pretrained" / "manifest.json"
     cards = {card["file"]: card for card in json.loads(target.read_text())} if target.exists() else {}
-    for (budget, coder), lines in lenet_groups().items():
+    lenets = [(stem, *key, lines) for stem, (title, *_) in LENETS.items() for key, lines in lenet_groups(title).items()]
+    for stem, budget, coder, lines in lenets:
         best = min(lines, key=lambda v: v["validation_error"])
-        name = f"lenet5-mnist-{budget}{'' if coder == 'trellis' else '-' + coder}.mban"
+        name = f"{stem}-mnist-{budget}{'' if coder == 'trellis' else '-' + coder}.mban"
         _keep(folder, best, name, cards, "test error, percent", best["error"], ("input_mean", "input_std"))
     for depth in RESNETS:
         for v in resnet_runs(depth):
@@ -494,7 +524,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.keep:
         keep(args.keep)
-    replace_section(TOP / "README.md", "results", lenet_table())
+    tables = [lenet_table(*known) for known in LENETS.values()]
+    replace_section(TOP / "README.md", "results", "\n\n".join(tables))
+    lenet_plot(TOP / "recipes" / "results" / "lenet5_mnist.png")
     replace_section(TOP / "README.md", "resnets", resnet_table())
     replace_section(TOP / "README.md", "coders", coder_table())
     replace_section(TOP / "recipes" / "README.md", "recipes", overview())
