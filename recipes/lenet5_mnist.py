@@ -101,6 +101,7 @@ def main() -> None:
     """Run the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=tuple(NETWORKS), default="lenet5")
+    parser.add_argument("--distortion", type=float, default=DISTORTION, help="of training images")
     parser.add_argument("--budget", default="1140", help="bytes of the whole file, or text such as '1.5 kB'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coder", default="trellis")
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="default WORK/NETWORK-mnist-BUDGET-sSEED.mban")
     parser.add_argument("--fit-only", action="store_true", help="stop after training the posteriors; run again to package them")
     parser.add_argument("--check", type=Path, help="only decode this file and print its test error and weights' SHA-256")
+    parser.add_argument("--without", help="names what was left out: the line goes to `lenet5_ablation.jsonl`")
     parser.add_argument("--smoke", action="store_true", help="a few steps on 2,000 images, for the tests")
     args = parser.parse_args()
     data = mnist(data_root(args.data))
@@ -125,10 +127,10 @@ def main() -> None:
     if args.smoke:
         data = {part: (x[:1000], y[:1000]) for part, (x, y) in data.items()}
         args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 20, 1, 3, 2, "4 kB"
-    batches = Batches(*data["train"], size=BATCH, mean=INPUT_MEAN, std=INPUT_STD, distortion=DISTORTION)
+    batches = Batches(*data["train"], size=BATCH, mean=INPUT_MEAN, std=INPUT_STD, distortion=args.distortion)
     args.work.mkdir(parents=True, exist_ok=True)
     stem = f"{args.network}-mnist-{parse_bytes(args.budget)}-s{args.seed}"
-    posteriors = args.work / f"{stem}-{args.epochs:g}-{args.weights_per_bit:g}-{args.distil:g}.posteriors"
+    posteriors = args.work / f"{stem}-{args.epochs:g}-{args.weights_per_bit:g}-{args.distil:g}-{args.coder}.posteriors"
     output = args.output or args.work / f"{stem}.mban"
 
     started = time.monotonic()
@@ -191,10 +193,10 @@ def main() -> None:
         "input_mean": INPUT_MEAN, "input_std": INPUT_STD,
         "command": f"python recipes/lenet5_mnist.py{other} --budget {args.budget} --seed {args.seed} --epochs {args.epochs:g} "
         f"--weights-per-bit {args.weights_per_bit:g} --rounds {args.rounds} --refine-steps {args.refine_steps} --coder {args.coder} "
-        f"--float-epochs {args.float_epochs} --distil {args.distil:g}",
+        f"--float-epochs {args.float_epochs} --distil {args.distil:g} --distortion {args.distortion:g}",
     }  # fmt: skip
     if not args.smoke:
-        append_result("lenet5_mnist", line)
+        append_result("lenet5_ablation" if args.without else "lenet5_mnist", line | {"without": args.without})
     print(json.dumps(line))
 
 

@@ -12,51 +12,27 @@ import argparse
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-TOP = Path(__file__).resolve().parent.parent
-PUBLISHED = (  # bytes, error in percent, what
-    (1_140, 0.98, "MIRACLE, independent re-implementation, a real file"),
-    (1_694, 0.83, "MIRACLE, independent re-implementation, a real file"),
-    (1_552, 0.96, "MIRACLE (Havasi et al. 2019), indices only"),
-    (3_105, 0.69, "MIRACLE (Havasi et al. 2019), indices only"),
-    (2_840, 1.00, "entropy-penalised reparameterisation (Oktay et al. 2020)"),
-    (10_540, 0.83, "pruning, retraining and NNCodec 2.1.3 (the MPEG standard)"),
-    (10_234, 0.89, "pruning, retraining, codebook and entropy coder"),
+sys.path.insert(0, str(Path(__file__).parent))
+from figures import federated_plot, inr_plot, lenet_plot, resnet_plot
+from lines import (
+    INR_PARTS,
+    INR_SETS,
+    LENETS,
+    LEVEL_NAMES,
+    NNCODEC,
+    RECOMBINER,
+    RESNETS,
+    TOP,
+    inr_runs,
+    lenet_groups,
+    read_results,
+    resnet_runs,
 )
-LENETS = {  # name, bytes as float32, what is published
-    "lenet5": ("LeNet-5", 1_724_320, PUBLISHED),
-    "lenet300": ("LeNet-300-100", 1_066_440, ((8_560, 1.90, "entropy-penalised reparameterisation (Oktay et al. 2020)"),)),
-}
-RESNETS = {20: 1_092_520, 56: 3_451_984}  # bytes as float32
-NNCODEC = {  # bytes, top-1 and agreement with the float network on the same 5,000 images, of NNCodec 2.1.3 on the same weights
-    20: ((159_933, 91.44, 98.7), (128_829, 91.06, 97.2), (123_911, 91.32, 97.3), (95_675, 90.04, 94.8), (72_845, 88.08, 91.1)),
-    56: ((424_289, 93.00, 99.0), (331_265, 92.34, 97.5), (264_891, 92.72, 96.7), (243_861, 92.10, 96.4), (186_909, 89.28, 92.7)),
-}
-LEVEL_NAMES = {"weights": "the weights alone", "inputs": "1,024 images without labels", "data": "the training set"}
-
-
-INR_SETS = {"cifar10": "CIFAR-10's test images", "kodak": "the Kodak images, 96x96 in the middle"}
-INR_PARTS = {"matrix": "the matrix", "context": "mean and std from coarser weights", "sine": "the sine network"}
-RECOMBINER = ((0.297, 23.592), (0.719, 27.222), (0.938, 28.505), (1.531, 30.911), (1.922, 32.168), (3.344, 35.732))  # as published
-
-
-def read_results(recipe: str) -> list[dict[str, Any]]:
-    """All result lines of a recipe."""
-    path = TOP / "recipes" / "results" / f"{recipe}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
-
-
-def lenet_groups(network: str = "LeNet-5") -> dict[tuple[int, str], list[dict[str, Any]]]:
-    """Result lines of a network by (budget, coder); of runs repeated with the same budget, coder and seed the latest counts."""
-    own = (v for v in read_results("lenet5_mnist") if v["task"] == f"{network} on MNIST")
-    latest = {(v["budget"], v["coder"], v["seed"]): v for v in own}
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for line in sorted(latest.values(), key=lambda v: (v["budget"], v["coder"], v["seed"])):
-        groups.setdefault((line["budget"], line["coder"]), []).append(line)
-    return groups
 
 
 def overview() -> str:
@@ -123,29 +99,6 @@ def lenet_table(network: str, float_bytes: int, published: tuple[tuple[int, floa
     return "\n".join(rows)
 
 
-def lenet_plot(path: Path) -> None:
-    """Test error of LeNet-5 against the size of its file: every seed, medians, and every published point."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    groups = [v for (_, coder), v in sorted(lenet_groups().items()) if coder == "trellis"]
-    every = [(v["bytes"], v["error"]) for own in groups for v in own]
-    middle = [(max(v["bytes"] for v in own), median(v["error"] for v in own)) for own in groups]
-    axis.plot(*zip(*every), "o", color="#d1495b", alpha=0.4, label="miracle_ban, each seed")
-    axis.plot(*zip(*middle), "-s", color="#d1495b", label="miracle_ban, medians")
-    for (size, error, what), marker in zip(PUBLISHED, "Dv^<>PX", strict=True):
-        axis.plot(size, error, marker, color="#2e6f95", label=what)
-    axis.set(xscale="log", xlabel="bytes", ylabel="test error, %", title="LeNet-5 on MNIST")
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.grid(alpha=0.25, which="both")
-    axis.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
 def lenet_seeds() -> str:
     """Every run of the LeNets with its parts."""
     columns = "network, budget, coder, seed, bytes, test error %, float error %, widths"
@@ -162,12 +115,6 @@ def lenet_seeds() -> str:
     return "\n".join(rows)
 
 
-def resnet_runs(depth: int) -> list[dict[str, Any]]:
-    """Result lines of one ResNet, by level and size; of runs repeated with the same command the latest counts."""
-    latest = {v["command"]: v for v in read_results("resnet_cifar10") if v["task"].startswith(f"ResNet-{depth} ")}
-    return sorted(latest.values(), key=lambda v: (list(LEVEL_NAMES).index(v["level"]), -v["bytes"], v["seed"]))
-
-
 def resnet_table() -> str:
     """Both ResNets: our files at every level of help, beside NNCodec."""
     head = "| {0} on CIFAR-10, {1:,} bytes as float32, top-1 {2:.2f} % | file, bytes | top-1, % | agreement, % |"
@@ -181,28 +128,6 @@ def resnet_table() -> str:
         rows += [f"| NNCodec 2.1.3 (the MPEG standard), without data | {b:,} | {top1:.2f} | {a:.1f} |" for b, top1, a in NNCODEC[depth]]
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
-
-
-def resnet_plot(path: Path) -> None:
-    """Agreement with the float network against bytes, ours beside NNCodec's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(RESNETS), figsize=(10, 4), sharey=True)
-    for axis, depth in zip(axes, RESNETS, strict=True):
-        for level, name in LEVEL_NAMES.items():
-            points = sorted((v["bytes"] / 1000, v["agreement"]) for v in resnet_runs(depth) if v["level"] == level)
-            if points:
-                axis.plot(*zip(*points, strict=True), "o-", label=f"miracle_ban, from {name}")
-        axis.plot(*zip(*sorted((b / 1000, a) for b, _, a in NNCODEC[depth]), strict=True), "s--", color="gray", label="NNCodec 2.1.3")
-        axis.set(title=f"ResNet-{depth}", xlabel="file, kB", xlim=(0, None))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("agreement with the float network, %")
-    axes[0].legend(loc="lower right", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
 def coverage_table() -> str:
@@ -372,34 +297,6 @@ def federated_table() -> str:
     return "\n".join(rows)
 
 
-def federated_plot(path: Path) -> None:
-    """Accuracy against rounds, and against the bits that a client sends."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    latest = {(v["epsilon"], v["how"]): v for v in read_results("federated") if v["messages"] == 1}
-    levels = sorted({epsilon for epsilon, _ in latest}, reverse=True)
-    colours = {"no privacy": "#8d99ae", "float32": "#2e6f95", "8 bits": "#edae49", "index": "#d1495b"}
-    figure, axes = plt.subplots(1, len(levels) + 1, figsize=(4.2 * (len(levels) + 1), 3.6), layout="constrained", sharey=True)
-    for (epsilon, how), v in latest.items():
-        turn, _, accuracy = zip(*v["history"])
-        axes[levels.index(epsilon)].plot(turn, accuracy, "--" if how == "index" else "-", color=colours[how], label=how)
-        axes[-1].errorbar(v["bits_per_update"], v["accuracy"], v["accuracy_error"], fmt="o", color=colours[how])
-        place = (v["bits_per_update"], v["accuracy"])
-        axes[-1].annotate(f"{how}, {epsilon:g}", place, fontsize=7, xytext=(4, 5), textcoords="offset points")
-    for axis, epsilon in zip(axes, levels):
-        axis.set(title=f"epsilon = {epsilon:g}", xlabel="round")
-        axis.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("test accuracy, %")
-    axes[-1].set(xscale="log", xlabel="bits of an update", title="after the last round")
-    for axis in axes:
-        axis.grid(alpha=0.25)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
 def audit_table() -> str:
     """What the law of the index keeps, given the shared randomness, for three codes of the same mechanism."""
     found = {v["epsilon"]: v["audit"] for v in read_results("federated") if v["audit"]}
@@ -408,12 +305,6 @@ def audit_table() -> str:
         each = ["unbounded" if e is None else f"{e:.2f}" for e in v.values()]
         rows.append(f"| {epsilon:g} | " + " | ".join(each) + " |")
     return "\n".join(rows)
-
-
-def inr_runs(task: str) -> list[dict[str, Any]]:
-    """Result lines of the images of one set, by size; of runs repeated the latest counts."""
-    latest = {v["size"]: v for v in read_results("inr_image") if v["task"] == task}
-    return [latest[size] for size in sorted(latest)]
 
 
 def inr_table() -> str:
@@ -443,34 +334,6 @@ def inr_parts() -> str:
     return "\n".join(rows)
 
 
-def inr_plot(path: Path) -> None:
-    """PSNR against the rate, files with everything in them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    sets = [task for task in INR_SETS if inr_runs(task)]
-    if not sets:
-        return
-    figure, axes = plt.subplots(1, len(sets), figsize=(5 * len(sets), 4), squeeze=False)
-    for axis, task in zip(axes[0], sets, strict=True):
-        runs = inr_runs(task)
-        pixels = runs[-1]["crop"] ** 2
-        axis.plot([v["bpp"] for v in runs], [v["psnr"] for v in runs], "o-", label="inr_image.py")
-        for kind, name in (("webp", "WebP"), ("jpeg", "JPEG")):
-            points = [(8 * b / pixels, q) for b, q in runs[-1][f"{kind}_curve"]]
-            axis.plot(*zip(*points, strict=True), "--", label=name)
-        if task == "cifar10":
-            axis.plot(*zip(*RECOMBINER, strict=True), "s:", color="gray", label="RECOMBINER (He et al. 2024), indices only")
-        limit = 1.5 * max(v["bpp"] for v in runs)
-        axis.set(title=INR_SETS[task], xlabel="bits a pixel, whole file", ylabel="PSNR, dB", xlim=(0, max(limit, 4)), ylim=(20, 37))
-        axis.grid(alpha=0.3)
-        axis.legend(loc="lower right", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def keep(folder: Path) -> None:
     """Copy the best file of each budget to `pretrained/` and write the manifest, replacing the cards of the files that FOLDER has."""
     target = TOP / "pretrained" / "manifest.json"
@@ -495,6 +358,16 @@ def keep(folder: Path) -> None:
         model = {**own[-1], "bytes": own[-1]["model_bytes"]}
         _keep(folder, model, model["file"], cards, "bits per byte of all files coded, without this one", bits, ())
     target.write_text(json.dumps([cards[name] for name in sorted(cards)], indent=2) + "\n")
+
+
+def cards_table() -> str:
+    """Every file of the manifest."""
+    rows = ["| file | bytes | task | seed | | |", "|" + "---|" * 6]
+    for v in json.loads((TOP / "pretrained" / "manifest.json").read_text()):
+        task = f"{v['task']}: {v['context']}" if "context" in v else v["task"]
+        digits = 3 if "bits" in v["metric"] else 2
+        rows.append(f"| `{v['file']}` | {v['bytes']:,} | {task} | {v['seed']} | {v['metric']} | {v['value']:.{digits}f} |")
+    return "\n".join(rows)
 
 
 def _keep(folder: Path, line: dict[str, Any], name: str, cards: dict, metric: str, value: float, more: tuple[str, ...]) -> None:
@@ -526,6 +399,7 @@ def main() -> None:
         keep(args.keep)
     tables = [lenet_table(*known) for known in LENETS.values()]
     replace_section(TOP / "README.md", "results", "\n\n".join(tables))
+    replace_section(TOP / "pretrained" / "README.md", "cards", cards_table())
     lenet_plot(TOP / "recipes" / "results" / "lenet5_mnist.png")
     replace_section(TOP / "README.md", "resnets", resnet_table())
     replace_section(TOP / "README.md", "coders", coder_table())

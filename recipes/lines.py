@@ -1,0 +1,61 @@
+"""Result lines of all recipes, and the published figures that they are held against."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+TOP = Path(__file__).resolve().parent.parent
+PUBLISHED = (  # bytes, error in percent, what
+    (1_140, 0.98, "MIRACLE, independent re-implementation, a real file"),
+    (1_694, 0.83, "MIRACLE, independent re-implementation, a real file"),
+    (1_552, 0.96, "MIRACLE (Havasi et al. 2019), indices only"),
+    (3_105, 0.69, "MIRACLE (Havasi et al. 2019), indices only"),
+    (2_840, 1.00, "entropy-penalised reparameterisation (Oktay et al. 2020)"),
+    (10_540, 0.83, "pruning, retraining and NNCodec 2.1.3 (the MPEG standard)"),
+    (10_234, 0.89, "pruning, retraining, codebook and entropy coder"),
+)
+LENETS = {  # name, bytes as float32, what is published
+    "lenet5": ("LeNet-5", 1_724_320, PUBLISHED),
+    "lenet300": ("LeNet-300-100", 1_066_440, ((8_560, 1.90, "entropy-penalised reparameterisation (Oktay et al. 2020)"),)),
+}
+RESNETS = {20: 1_092_520, 56: 3_451_984}  # bytes as float32
+NNCODEC = {  # bytes, top-1 and agreement with the float network on the same 5,000 images, of NNCodec 2.1.3 on the same weights
+    20: ((159_933, 91.44, 98.7), (128_829, 91.06, 97.2), (123_911, 91.32, 97.3), (95_675, 90.04, 94.8), (72_845, 88.08, 91.1)),
+    56: ((424_289, 93.00, 99.0), (331_265, 92.34, 97.5), (264_891, 92.72, 96.7), (243_861, 92.10, 96.4), (186_909, 89.28, 92.7)),
+}
+LEVEL_NAMES = {"weights": "the weights alone", "inputs": "1,024 images without labels", "data": "the training set"}
+
+
+INR_SETS = {"cifar10": "CIFAR-10's test images", "kodak": "the Kodak images, 96x96 in the middle"}
+INR_PARTS = {"matrix": "the matrix", "context": "mean and std from coarser weights", "sine": "the sine network"}
+RECOMBINER = ((0.297, 23.592), (0.719, 27.222), (0.938, 28.505), (1.531, 30.911), (1.922, 32.168), (3.344, 35.732))  # as published
+
+
+def read_results(recipe: str) -> list[dict[str, Any]]:
+    """All result lines of a recipe."""
+    path = TOP / "recipes" / "results" / f"{recipe}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+
+def lenet_groups(network: str = "LeNet-5") -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Result lines of a network by (budget, coder); of runs repeated with the same budget, coder and seed the latest counts."""
+    own = (v for v in read_results("lenet5_mnist") if v["task"] == f"{network} on MNIST")
+    latest = {(v["budget"], v["coder"], v["seed"]): v for v in own}
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for line in sorted(latest.values(), key=lambda v: (v["budget"], v["coder"], v["seed"])):
+        groups.setdefault((line["budget"], line["coder"]), []).append(line)
+    return groups
+
+
+def resnet_runs(depth: int) -> list[dict[str, Any]]:
+    """Result lines of one ResNet, by level and size; of runs repeated with the same command the latest counts."""
+    latest = {v["command"]: v for v in read_results("resnet_cifar10") if v["task"].startswith(f"ResNet-{depth} ")}
+    return sorted(latest.values(), key=lambda v: (list(LEVEL_NAMES).index(v["level"]), -v["bytes"], v["seed"]))
+
+
+def inr_runs(task: str) -> list[dict[str, Any]]:
+    """Result lines of the images of one set, by size; of runs repeated the latest counts."""
+    latest = {v["size"]: v for v in read_results("inr_image") if v["task"] == task}
+    return [latest[size] for size in sorted(latest)]
