@@ -1,7 +1,7 @@
 """LeNet-5 on MNIST: a trained network of 1,724,320 bytes becomes a file of about a kilobyte. LeNet-300-100, too.
 
     python recipes/lenet5_mnist.py --budget 1140 --seed 0 --data ../data
-    python recipes/lenet5_mnist.py --network lenet300 --budget 2500 --float-epochs 30 --epochs 150 --data ../data
+    python recipes/lenet5_mnist.py --network lenet300 --budget 2500 --float-epochs 30 --epochs 100 --weights-per-bit 3 --refine-steps 100
 
 Trains the float network (two minutes) and the posteriors (seven), both kept in --work, packages them (three), decodes the file
 in a fresh process, reports the error on the official test split and appends one line to `recipes/results/lenet5_mnist.jsonl`.

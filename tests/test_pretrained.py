@@ -22,7 +22,7 @@ def network(card: dict) -> torch.nn.Module:
     sys.path.insert(0, str(TOP / "recipes"))
     try:
         from ban_text import Predictor
-        from lenet5_mnist import LeNet5
+        from lenet5_mnist import NETWORKS, LeNet5
         from resnet_cifar10 import ResNet
     finally:
         sys.path.pop(0)
@@ -31,7 +31,8 @@ def network(card: dict) -> torch.nn.Module:
         return Predictor(card["task"].endswith("on"))
     if task in ("digits", "domains"):
         return LeNet5(10 if task == "digits" else 20)
-    return LeNet5() if task == "LeNet-5" else ResNet(int(task.removeprefix("ResNet-")))
+    lenets = dict(NETWORKS.values())
+    return lenets[task]() if task in lenets else ResNet(int(task.removeprefix("ResNet-")))
 
 
 def test_every_file_is_in_the_manifest_and_the_other_way_round():
