@@ -115,6 +115,16 @@ def lenet_seeds() -> str:
     return "\n".join(rows)
 
 
+def ablation_table() -> str:
+    """What LeNet-300-100 loses at the same bytes when one thing is left out; of runs repeated the latest counts."""
+    whole = lenet_groups("LeNet-300-100")[2500, "trellis"][0]
+    rows = ["| without | file, bytes | test error, % | validation error, % | hidden units |", "|" + "---|" * 5]
+    for v in [whole, *{v["without"]: v for v in read_results("lenet5_ablation")}.values()]:
+        widths = "-".join(str(w) for w in v["widths"].values())
+        rows.append(f"| {v.get('without') or 'nothing'} | {v['bytes']:,} | {v['error']:.2f} | {v['validation_error']:.2f} | {widths} |")
+    return "\n".join(rows)
+
+
 def resnet_table() -> str:
     """Both ResNets: our files at every level of help, beside NNCodec."""
     head = "| {0} on CIFAR-10, {1:,} bytes as float32, top-1 {2:.2f} % | file, bytes | top-1, % | agreement, % |"
@@ -418,6 +428,7 @@ def main() -> None:
     replace_section(TOP / "recipes" / "README.md", "image parts", inr_parts())
     inr_plot(TOP / "recipes" / "results" / "inr_image.png")
     replace_section(TOP / "recipes" / "README.md", "lenet5", lenet_seeds())
+    replace_section(TOP / "recipes" / "README.md", "ablation", ablation_table())
     replace_section(TOP / "recipes" / "README.md", "blocks", block_table())
     replace_section(TOP / "recipes" / "README.md", "speed", speed_table())
 
