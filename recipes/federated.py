@@ -54,7 +54,8 @@ from common import append_result, data_root, mnist
 FILTERS, SIDE, CLASSES = 16, 3, 10
 FEATURES = FILTERS * SIDE * SIDE
 LENGTH = FEATURES * CLASSES  # of an update
-CLIENT_IMAGES, MOMENTUM, RATE, DELTA = 4, 0.9, 2.0, 1e-5  # one for all mechanisms; picked with float32 messages on validation images
+CLIENT_IMAGES, DELTA = 4, 1e-5  # the images of a client were once picked on test images
+MOMENTUM, RATE = 0.9, 2.0  # RATE, MOMENTUM, FILTERS, SIDE: by float32 on validation images
 PUBLIC_SEED = 2022  # of the candidates, known to everybody
 
 

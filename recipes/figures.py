@@ -18,7 +18,7 @@ from lines import INR_SETS, LEVEL_NAMES, NNCODEC, PUBLISHED, RECOMBINER, RESNETS
 def lenet_plot(path: Path) -> None:
     """Test error of LeNet-5 against the size of its file: every seed, medians, and every published point."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    groups = [v for (_, coder), v in sorted(lenet_groups().items()) if coder == "trellis"]
+    groups = [v for (_, coder, _), v in sorted(lenet_groups().items()) if coder == "trellis"]
     every = [(v["bytes"], v["error"]) for own in groups for v in own]
     middle = [(max(v["bytes"] for v in own), median(v["error"] for v in own)) for own in groups]
     axis.plot(*zip(*every), "o", color="#d1495b", alpha=0.4, label="miracle_ban, each seed")

@@ -39,13 +39,13 @@ def read_results(recipe: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
 
 
-def lenet_groups(network: str = "LeNet-5") -> dict[tuple[int, str], list[dict[str, Any]]]:
-    """Result lines of a network by (budget, coder); of runs repeated with the same budget, coder and seed the latest counts."""
+def lenet_groups(network: str = "LeNet-5") -> dict[tuple[int, str, float], list[dict[str, Any]]]:
+    """Result lines of a network by (budget, coder, epochs); of runs repeated with these and the same seed the latest counts."""
     own = (v for v in read_results("lenet5_mnist") if v["task"] == f"{network} on MNIST")
-    latest = {(v["budget"], v["coder"], v["seed"]): v for v in own}
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for line in sorted(latest.values(), key=lambda v: (v["budget"], v["coder"], v["seed"])):
-        groups.setdefault((line["budget"], line["coder"]), []).append(line)
+    latest = {(v["budget"], v["coder"], v["epochs"], v["seed"]): v for v in own}
+    groups: dict[tuple[int, str, float], list[dict[str, Any]]] = {}
+    for line in sorted(latest.values(), key=lambda v: (v["budget"], v["coder"], v["epochs"], v["seed"])):
+        groups.setdefault((line["budget"], line["coder"], line["epochs"]), []).append(line)
     return groups
 
 

@@ -39,7 +39,7 @@ def overview() -> str:
     """One row a recipe: command, minutes, what the newest lines say, and what others published or proved."""
     lenet = [v for group in lenet_groups().values() for v in group]
     smallest = min(lenet, key=lambda v: v["budget"])["budget"]
-    own = [v for v in lenet if v["budget"] == smallest]
+    own = next(group for (budget, *_), group in sorted(lenet_groups().items()) if budget == smallest)
     resnet = min((v for v in resnet_runs(20) if v["float_top1"] - v["top1"] <= 1.0), key=lambda v: v["bytes"])
     contexts = {(v["task"], v["context"], v["kind"]): v for v in read_results("ban_contexts")}
     special = [v["share"] for (task, _, kind), v in contexts.items() if task == "digits" and kind == "specialised"]
@@ -87,11 +87,14 @@ def overview() -> str:
 def lenet_table(network: str, float_bytes: int, published: tuple[tuple[int, float, str], ...]) -> str:
     """A LeNet on MNIST: our files, every seed, beside what is published."""
     rows = [f"| {network} on MNIST, {float_bytes:,} bytes as float32 | file, bytes | ratio | test error, % |", "|---|---|---|---|"]
-    for (budget, coder), lines in sorted(lenet_groups(network).items()):
+    for (budget, coder, epochs), lines in sorted(lenet_groups(network).items()):
         errors = [v["error"] for v in lines]
         sizes = [v["bytes"] for v in lines]
         many = len(lines) > 1
-        name = f"**miracle_ban**, `{coder}`, budget {budget:,}, seed{'s' * many} {', '.join(str(v['seed']) for v in lines)}"
+        name = (
+        seeds = f"seed{'s' * many} {', '.join(str(v['seed']) for v in lines)}"
+        name = f"**miracle_ban**, `{coder}`, budget {budget:,}, {epochs:g} epochs, {seeds}"
+        )
         each = f" (median of {', '.join(f'{e:.2f}' for e in errors)})" * many
         size = f"**{max(sizes):,}**" + " (largest)" * many
         rows.append(f"| {name} | {size} | {float_bytes / max(sizes):,.0f} | **{median(errors):.2f}**{each} |")
@@ -101,14 +104,15 @@ def lenet_table(network: str, float_bytes: int, published: tuple[tuple[int, floa
 
 def lenet_seeds() -> str:
     """Every run of the LeNets with its parts."""
-    columns = "network, budget, coder, seed, bytes, test error %, float error %, widths"
+    columns = "network, budget, coder, epochs, seed, bytes, test error %, float error %, widths"
     columns += ", blocks, KL bits, codeword bits, log2 r, J, fit s, encode s"
     rows = ["| " + columns.replace(", ", " | ") + " |", "|" + "---|" * (columns.count(", ") + 1)]
     runs = [(name, *key, v) for name, *_ in LENETS.values() for key, lines in sorted(lenet_groups(name).items()) for v in lines]
-    for name, budget, coder, v in runs:
+    for name, budget, coder, epochs, v in runs:
         widths = "-".join(str(w) for w in v["widths"].values())
         rows.append(
-            f"| {name} | {budget:,} | {coder} | {v['seed']} | {v['bytes']:,} | {v['error']:.2f} | {v['float_error']:.2f} | {widths} "
+            f"| {name} | {budget:,} | {coder} | {epochs:g} | {v['seed']} | {v['bytes']:,} | {v['error']:.2f} "
+            f"| {v['float_error']:.2f} | {widths} "
             f"| {v['blocks']} | {v['kl_bits_per_block']:.2f} | {v['codeword_bits_per_block']:.2f} | {v['log2_ratio_per_block']:.2f} "
             f"| {v['j_bits_per_block']:.2f} | {v['seconds']['fit']:.0f} | {v['seconds']['encode']:.0f} |"
         )
@@ -117,7 +121,7 @@ def lenet_seeds() -> str:
 
 def ablation_table() -> str:
     """What LeNet-300-100 loses at the same bytes when one thing is left out; of runs repeated the latest counts."""
-    whole = lenet_groups("LeNet-300-100")[2500, "trellis"][0]
+    whole = lenet_groups("LeNet-300-100")[2500, "trellis", 100][0]
     rows = ["| without | file, bytes | test error, % | validation error, % | hidden units |", "|" + "---|" * 5]
     for v in [whole, *{v["without"]: v for v in read_results("lenet5_ablation")}.values()]:
         widths = "-".join(str(w) for w in v["widths"].values())
@@ -348,8 +352,11 @@ def keep(folder: Path) -> None:
     """Copy the best file of each budget to `pretrained/` and write the manifest, replacing the cards of the files that FOLDER has."""
     target = TOP / "pretrained" / "manifest.json"
     cards = {card["file"]: card for card in json.loads(target.read_text())} if target.exists() else {}
-    lenets = [(stem, *key, lines) for stem, (title, *_) in LENETS.items() for key, lines in lenet_groups(title).items()]
-    for stem, budget, coder, lines in lenets:
+    lenets: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for stem, (title, *_) in LENETS.items():
+        for (budget, coder, _), lines in lenet_groups(title).items():
+            lenets.setdefault((stem, budget, coder), []).extend(lines)
+    for (stem, budget, coder), lines in lenets.items():
         best = min(lines, key=lambda v: v["validation_error"])
         name = f"{stem}-mnist-{budget}{'' if coder == 'trellis' else '-' + coder}.mban"
         _keep(folder, best, name, cards, "test error, percent", best["error"], ("input_mean", "input_std"))
