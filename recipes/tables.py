@@ -91,10 +91,8 @@ def lenet_table(network: str, float_bytes: int, published: tuple[tuple[int, floa
         errors = [v["error"] for v in lines]
         sizes = [v["bytes"] for v in lines]
         many = len(lines) > 1
-        name = (
         seeds = f"seed{'s' * many} {', '.join(str(v['seed']) for v in lines)}"
         name = f"**miracle_ban**, `{coder}`, budget {budget:,}, {epochs:g} epochs, {seeds}"
-        )
         each = f" (median of {', '.join(f'{e:.2f}' for e in errors)})" * many
         size = f"**{max(sizes):,}**" + " (largest)" * many
         rows.append(f"| {name} | {size} | {float_bytes / max(sizes):,.0f} | **{median(errors):.2f}**{each} |")
