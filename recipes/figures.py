@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lines import INR_SETS, LEVEL_NAMES, NNCODEC, PUBLISHED, RECOMBINER, RESNETS, inr_runs, lenet_groups, read_results, resnet_runs
@@ -94,3 +97,34 @@ def inr_plot(path: Path) -> None:
         axis.legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def realism_plot(lines: list[dict[str, Any]], pictures: dict[str, np.ndarray], path: Path) -> None:
+    """Distortion of realistic codes against bits; distortion and realism of the images; the first images."""
+    colours = {
+        "rounded": "#8d99ae", "private noise": "#edae49", "dithered": "#4a8c5f", "gprs": "#d1495b", "trellis": "#2e6f95",
+    }  # fmt: skip
+    figure = plt.figure(figsize=(13, 6.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.3, 1.0))
+    axes = top.subplots(1, 3)
+    for axis, source in zip(axes, ("circle", "Gaussian", "MNIST")):
+        for name in colours:
+            own = [v for v in lines if v["source"] == source and v["code"] == name and (source == "MNIST" or name != "rounded")]
+            across = "realism" if source == "MNIST" else "bits"
+            if own:
+                axis.plot([v[across] for v in own], [v["distortion"] for v in own], "o-", color=colours[name], label=name, lw=1)
+        axis.set(title=source, xlabel="bits a value", ylabel="squared error")
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.25)
+    axes[2].set(xlabel="Frechet distance to other images", title="MNIST, both rates", ylabel="squared error a pixel")
+    rate = np.linspace(0.5, 2.0, 60)
+    axes[1].plot(rate, 2 ** (1 - 2 * rate), ":", color=colours["private noise"])
+    axes[1].plot(rate, 2 - 2 * np.sqrt(1 - 2 ** (-2 * rate)), ":", color=colours["gprs"])
+    axes[1].set(title="N(0, 1); dotted: limits without and with sharing")
+    grid = bottom.subplots(1, 1)
+    grid.imshow(np.concatenate([np.concatenate(list(v.reshape(-1, 28, 28)), 1) for v in pictures.values()]), cmap="gray_r", aspect="equal")
+    grid.set(yticks=[28 * i + 14 for i in range(len(pictures))], xticks=[])
+    grid.set_yticklabels(pictures, fontsize=8)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(path, optimize=True)  # a third of the bytes
