@@ -42,13 +42,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import append_result, data_root, weights_digest
 
 NEAR = 12  # bytes that the network sees
-SCALES = (16, 64, 256)  # bytes whose frequencies the encoder of z sees
+SCALES, PAIRS = (16, 64, 256), 512  # bytes whose frequencies the encoder of z sees; of pairs in the longest, hashed to so many
+PAIR = 16  # occurrences of a pair that count as one: most occur once
 FAR = max(SCALES)
-WIDTH, FAR_WIDTH, LATENT, HIDDEN = 16, 48, 24, (256, 128)
+WIDTH, FAR_WIDTH, LATENT, HIDDEN = 16, 64, 24, (256, 128)
 BATCH = 1024
 FINE, COARSE = 12, 10  # binary digits after the point: of weights, and of everything else
 SEGMENT = 1 << 15  # bytes; the decoder works on all segments of a file side by side
 MAGIC = b"MBT1"
+
+
+def pairs(windows: Any) -> Any:
+    """Hashes, below PAIRS, of neighbouring bytes: integers `[n, FAR - 1]` of windows `[n, FAR]`, tensors or arrays."""
+    return (windows[:, :-1] * 197 + windows[:, 1:]) % PAIRS
 
 
 class Predictor(nn.Module):
@@ -62,14 +68,15 @@ class Predictor(nn.Module):
         self.out = nn.Linear(HIDDEN[1], 256)
         self.attention = attention
         if attention:
-            self.far = nn.Linear(len(SCALES) * 256, FAR_WIDTH)
+            self.far = nn.Linear(len(SCALES) * 256 + PAIRS, FAR_WIDTH)
             self.latent = nn.Linear(FAR_WIDTH, LATENT)
             self.gate = nn.Linear(LATENT, sum(HIDDEN))
             self.tilt = nn.Linear(LATENT, 256)
 
     def seen(self, windows: Tensor) -> Tensor:
-        """Features of the windows that z is made of, `[n, FAR_WIDTH]`: from how often each byte occurs at several scales."""
-        often = [torch.zeros(len(windows), 256).scatter_add_(1, w := windows[:, -k:], torch.full(w.shape, 1.0 / k)) for k in SCALES]
+        """Features of the windows that z is made of, `[n, FAR_WIDTH]`: from how often bytes occur at several scales, and pairs of them."""
+        seen = [(windows[:, -k:], k, 256) for k in SCALES] + [(pairs(windows), PAIR, PAIRS)]
+        often = [torch.zeros(len(windows), n).scatter_add_(1, w, torch.full(w.shape, 1.0 / k)) for w, k, n in seen]
         return F.relu(self.far(torch.cat(often, 1)))
 
     def forward(self, windows: Tensor, z: Tensor | None = None) -> Tensor:
@@ -92,7 +99,7 @@ class TextAttention(nn.Module):
 
     is_general, kl_weight = True, 1.0
 
-    def __init__(self, weight: float = 0.02, swapped: float = 0.1):
+    def __init__(self, weight: float = 0.02, swapped: float = 0.05):
         super().__init__()
         self.weight, self.swapped = weight, swapped
         self.log_std = nn.Linear(FAR_WIDTH, LATENT)
@@ -186,9 +193,10 @@ class IntegerPredictor:
         if not self.attention:
             scores = self._linear("out", self._linear("second", h).clip(0))
         else:
-            often = [np.zeros((len(windows), 256)) for _ in SCALES]
-            for table, k in zip(often, SCALES, strict=True):
-                np.add.at(table, (np.arange(len(windows))[:, None], windows[:, -k:]), (1 << COARSE) // k)
+            seen, often = [(windows[:, -k:], k, 256) for k in SCALES] + [(pairs(windows), PAIR, PAIRS)], []
+            for w, k, n in seen:
+                found = np.bincount((w + n * np.arange(len(w))[:, None]).ravel(), minlength=n * len(w))
+                often.append(found.reshape(len(w), n) * float((1 << COARSE) // k))
             z = self._linear("latent", self._linear("far", np.concatenate(often, 1)).clip(0))
             gates = (_halve(self._linear("gate", z), 2) + 3 * (1 << (COARSE - 2))).clip(0, 1 << COARSE)
             h = self._linear("second", _halve(h * gates[:, : HIDDEN[0]], COARSE)).clip(0)
@@ -293,7 +301,9 @@ def train(args: argparse.Namespace) -> None:
         refine_steps=args.refine_steps, learning_rate=5e-4, names=True, seed=args.seed, checkpoint=stem.with_suffix(".checkpoint"),
     )  # fmt: skip
     size = miracle_ban.save(archive, stem.with_suffix(".mban"))
-    print(json.dumps({"model_bytes": size, "fit_seconds": report.seconds, "encode_seconds": archive.info["seconds"]}))
+    cost = {"model_bytes": size, "fit_seconds": report.seconds, "encode_seconds": archive.info["seconds"]}
+    stem.with_suffix(".json").write_text(json.dumps(cost))
+    print(json.dumps(cost))
 
 
 def table(args: argparse.Namespace) -> None:
@@ -305,7 +315,13 @@ def table(args: argparse.Namespace) -> None:
         model = load_model(model_path)
         net = miracle_ban.load(model_path, Predictor(attention == "on"))
         digest = weights_digest(net)
-        card = {"file": model_path.name, "sha256": hashlib.sha256(model_path.read_bytes()).hexdigest(), "sha256_weights": digest}
+        cost = json.loads(model_path.with_suffix(".json").read_text())
+        card = {
+            "train_seconds": round(cost["fit_seconds"] + cost["encode_seconds"], 1),
+            "file": model_path.name,
+            "sha256": hashlib.sha256(model_path.read_bytes()).hexdigest(),
+            "sha256_weights": digest,
+        }
         for name, text in texts(data_root(args.data)).items():
             started = time.monotonic()
             coded = compress_bytes(text, model)

@@ -8,21 +8,36 @@ import json
 import lzma
 import math
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
 NUM_VALIDATION = 5_000  # the last training images, never trained on
 
 
+def command_line() -> str:
+    """The command that this process runs, but for where files are."""
+    words = iter(sys.argv[1:])
+    kept = [w for w in words if w not in ("--work", "--codec", "--data") or not next(words)]
+    return shlex.join(["python", f"recipes/{Path(sys.argv[0]).name}", *kept])
+
+
 def data_root(given: str | None) -> Path:
     """Folder with the data sets: `--data`, else `MIRACLE_BAN_DATA`, else `./data` (filled by torchvision's download)."""
     return Path(given or os.environ.get("MIRACLE_BAN_DATA", "data"))
+
+
+def kodak(root: Path) -> list[np.ndarray]:
+    """The Kodak images that are in `root/kodak`, uint8 `[h, w, 3]` each."""
+    return [np.asarray(Image.open(path).convert("RGB")) for path in sorted((root / "kodak").glob("kodim*.png"))]
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -87,8 +102,6 @@ def cifar10(root: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _unpack(path: Path) -> np.ndarray:
-    from PIL import Image
-
     mosaic = np.asarray(Image.open(path).convert("RGB"))
     rows, columns = mosaic.shape[0] // 32, mosaic.shape[1] // 32
     return mosaic.reshape(rows, 32, columns, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)

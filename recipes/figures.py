@@ -85,7 +85,10 @@ def inr_plot(path: Path) -> None:
     for axis, task in zip(axes[0], sets, strict=True):
         runs = inr_runs(task)
         pixels = runs[-1]["crop"] ** 2
-        axis.plot([v["bpp"] for v in runs], [v["psnr"] for v in runs], "o-", label="inr_image.py")
+        for together in sorted({v["together"] for v in runs}):
+            own = [(v["bpp"], v["psnr"]) for v in runs if v["together"] == together]
+            label = f"inr_image.py, {f'{together} images in a file' if together > 1 else 'each image its own file'}"
+            axis.plot(*zip(*own, strict=True), "o-", label=label)
         for kind, name in (("webp", "WebP"), ("jpeg", "JPEG")):
             points = [(8 * b / pixels, q) for b, q in runs[-1][f"{kind}_curve"]]
             axis.plot(*zip(*points, strict=True), "--", label=name)

@@ -1,7 +1,4 @@
-"""The codec of `inr_image`: what all images share, and how posteriors of an image's weights are found.
-
-In go images, or v; out come posteriors of v, or images. See `inr_image` for what is random and what is not.
-"""
+"""The codec of `inr_image`: what all images share. In goes v, out come images. See `inr_image` for what is random and what is not."""
 
 from __future__ import annotations
 
@@ -11,18 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-from miracle_ban.bits import NATS_PER_BIT
 
 TILE, CELLS, BANDS = 32, 8, 4  # pixels of a tile, places of a band in it, bands, on each axis
 GROUPS = (3, 2, 7, 5, 7)  # bands and colours that are reparametrised together, coarsest first
 LEAD = 48  # principal directions of the first group that the others of it, and the sine network, depend on
-HIDDEN, ENCODING, SINES = 64, 16, 32
+HIDDEN, ENCODING, SINES = 96, 16, 32
 RATES = (400.0, 790.0, 1250.0, 1740.0)  # KL of a tile, bits, that the codec is learned for
-PARTS = ("matrix", "context", "sine")  # that the codec can do without
-FIT_RATE = 0.02  # learning rate of fitting posteriors
+WEIGHTS = sum(GROUPS) * CELLS**2  # coded for each tile
+CODEC = Path(__file__).parent.parent / "pretrained" / "inr-codec.npz"
+PARTS = ("matrix", "context", "encodings", "sine")  # that the codec can do without
 
 
 def cosines(n: int) -> Tensor:
@@ -56,7 +51,8 @@ class Codec(nn.Module):
 
     Args:
         without: parts of `PARTS` to do without: the coarsest weights are independent ("matrix"), mean and std do not depend on coarser
-            weights ("context"), there is no sine network beside the Fourier features ("sine").
+            weights ("context"), the sine network sees coordinates and the Fourier features' image alone ("encodings"), there is no sine
+            network beside the Fourier features ("sine").
     """
 
     bands: Tensor
@@ -84,12 +80,16 @@ class Codec(nn.Module):
         self.context = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(seen + 2, HIDDEN, 3, padding=1), nn.ReLU(), nn.Conv2d(HIDDEN, HIDDEN, 3, padding=1), nn.ReLU(),
-                nn.Conv2d(HIDDEN, 2 * new, 1),
+                nn.Conv2d(HIDDEN, HIDDEN, 3, padding=1), nn.ReLU(), nn.Conv2d(HIDDEN, 2 * new, 1),
             )
             for seen, new in zip(done, GROUPS[1:], strict=False)
         )  # fmt: skip
         cell = (TILE // CELLS) ** 2
-        self.encoding = nn.Sequential(nn.Conv2d(number + 2, HIDDEN, 3, padding=1), nn.ReLU(), nn.Conv2d(HIDDEN, ENCODING * cell, 1))
+        self.encoding = nn.Sequential(
+            nn.Conv2d(number + 2, HIDDEN, 3, padding=1), nn.ReLU(), nn.Conv2d(HIDDEN, HIDDEN, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(HIDDEN, ENCODING * cell, 1), nn.PixelShuffle(TILE // CELLS), nn.ReLU(),
+            nn.Conv2d(ENCODING, ENCODING, 3, padding=1),
+        )  # fmt: skip
         inputs = ENCODING + 3 + 12 + 1
         self.sine = nn.Parameter(torch.randn(inputs, SINES) / math.sqrt(inputs))
         self.rgb = nn.Parameter(torch.zeros(SINES + 1, 3))
@@ -122,13 +122,13 @@ class Codec(nn.Module):
         y = (m.T @ full @ m).transpose(3, 4).reshape(n, 3, -1)
         return (self.colours.T @ y).view(n, 3, rows * TILE, columns * TILE)
 
-    def _lead(self, z: Tensor) -> Tensor:
+    def vectors(self, z: Tensor) -> Tensor:
         """Groups of places as vectors, one a tile: `[n, c, 8 i, 8 j]` -> `[n i j, 64 c]`."""
         n, c, h, w = z.shape
         return z.view(n, c, h // CELLS, CELLS, w // CELLS, CELLS).permute(0, 2, 4, 1, 3, 5).reshape(-1, c * CELLS**2)
 
     def _spread(self, g: Tensor, n: int, rows: int) -> Tensor:
-        """The inverse of `_lead`; `rows` is the number of rows of tiles."""
+        """The inverse of `vectors`; `rows` is the number of rows of tiles."""
         g = g.view(n, rows, -1, g.shape[1] // CELLS**2, CELLS, CELLS).permute(0, 3, 1, 4, 2, 5)
         return g.reshape(n, g.shape[1], rows * CELLS, -1)
 
@@ -157,7 +157,9 @@ class Codec(nn.Module):
         if "sine" in self.without:
             return y
         n, _, h, w = y.shape
-        encoding = F.pixel_shuffle(self.encoding(self._with_rate(z, rate)), TILE // CELLS)
+        encoding = self.encoding(self._with_rate(z, rate))
+        if "encodings" in self.without:
+            encoding = 0 * encoding
         at = math.pi * (torch.arange(TILE) + 0.5) / TILE
         waves = torch.stack([f(k * at) for k in (1, 2, 4) for f in (torch.sin, torch.cos)])  # [6, TILE]
         grid = torch.cat([waves[:, :, None].expand(-1, -1, TILE), waves[:, None].expand(-1, TILE, -1)])
@@ -213,7 +215,7 @@ class Codec(nn.Module):
         rows, columns = h // TILE, w // TILE
         z, means, stds = self.analyse(x), [], []
         size = (self.reparametrisation * self.std[: GROUPS[0]].repeat_interleave(CELLS**2)).square().sum(1)
-        lead = torch.linalg.solve(self.reparametrisation, self._lead(z[:, : GROUPS[0]]) - self.lead_mean, left=False)
+        lead = torch.linalg.solve(self.reparametrisation, self.vectors(z[:, : GROUPS[0]]) - self.lead_mean, left=False)
         by_tile = water.repeat_interleave(rows * columns)[:, None]
         done = [0, LEAD, lead.shape[1]]
         edges = np.cumsum([0, *GROUPS]).tolist()
@@ -228,104 +230,12 @@ class Codec(nn.Module):
             gain = precision * std.square()
             v_mean, v_std = (target - mean) / std * gain / (1 + gain), (1 + gain).rsqrt().expand_as(target)
             for found, v in ((means, v_mean), (stds, v_std)):
-                found.append((v if part < 2 else self._lead(v)).view(n, rows, columns, -1))
+                found.append((v if part < 2 else self.vectors(v)).view(n, rows, columns, -1))
             return v_mean + v_std * torch.randn_like(v_mean)
 
         image = self.unfold(rate, (n, rows, columns), draw)
         v_mean, v_std = (torch.cat(found, 3).permute(0, 3, 1, 2).index_select(1, self.order.long()) for found in (means, stds))
         return image, v_mean, v_std
-
-    @torch.no_grad()
-    def start(self, x: Tensor) -> None:
-        """Statistics of the feature weights, and principal directions of the coarsest, of training images."""
-        z = self.analyse(x)
-        self.mean.copy_(z.mean((0, 2, 3)))
-        self.std.copy_(z.std((0, 2, 3)))
-        first = self._lead(self.analyse(x)[:, : GROUPS[0]])
-        scale = self.std[: GROUPS[0]].repeat_interleave(CELLS**2)
-        covariance = torch.cov((first * scale).T)
-        if "matrix" in self.without:
-            waves = torch.block_diag(*[torch.kron(cosines(CELLS), cosines(CELLS))] * GROUPS[0])
-            power, order = (waves @ covariance @ waves.T).diagonal().sort()
-            directions = waves.T[:, order]
-        else:
-            power, directions = torch.linalg.eigh(covariance)
-        self.lead_mean.copy_(first.mean(0))
-        self.reparametrisation.copy_((power.clamp_min(1e-9).sqrt() * directions / scale[:, None]).flip(1).T)
-
-    @torch.no_grad()
-    def update_prior(self, v_mean: Tensor, v_std: Tensor, rate: float) -> None:
-        """Closed form for the leading directions, moved a part of the way: mean of the means, mean of all second moments."""
-        places = self.order.long() < LEAD
-        order = self.order.long()[places].argsort()
-        mean, std = (t[:, places][:, order].transpose(0, 1).flatten(1) for t in (v_mean, v_std))
-        shift = mean.mean(1)
-        scale = (std.square() + (mean - shift[:, None]).square()).mean(1).sqrt()
-        self.lead_mean += rate * shift @ self.reparametrisation[:LEAD]
-        self.reparametrisation[:LEAD] *= (scale[:, None].log() * rate).exp()
-
-
-def rate_code(bits: Tensor | float) -> Tensor:
-    """What the codec is told of the rate: from KL of a tile, bits."""
-    return torch.as_tensor(bits, dtype=torch.float32).div(800.0).log()
-
-
-def kl_each(v_mean: Tensor, v_std: Tensor) -> Tensor:
-    """KL of each posterior of v to N(0, 1), nats."""
-    return 0.5 * (v_mean.square() + v_std.square() - 1) - v_std.log()
-
-
-def kl_bits(v_mean: Tensor, v_std: Tensor) -> Tensor:
-    """KL of whole images, bits, `[n]`."""
-    return kl_each(v_mean, v_std).flatten(1).sum(1) / NATS_PER_BIT
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image, dB."""
-    return -10 * (a - b).square().flatten(1).mean(1).log10()
-
-
-def water_level(codec: Codec, x: Tensor, bits: Tensor) -> Tensor:
-    """About the noise variance at which images take `bits` of each tile: that of an adaptive code of independent weights."""
-    power = (codec.analyse(x) * codec.std[:, None, None]).square().flatten(1)
-    low, high = torch.full_like(bits, -16.0), torch.zeros_like(bits)
-    for _ in range(10):
-        middle = (low + high) / 2
-        more = 0.5 * torch.log2(1 + power / middle.exp()[:, None]).sum(1) > bits * x[0, 0].numel() / TILE**2
-        low, high = torch.where(more, middle, low), torch.where(more, high, middle)
-    return middle.exp()
-
-
-def batch(images: Tensor, rows: Tensor) -> Tensor:
-    """Some of uint8 images `[n, h, w, 3]` as `[k, 3, h, w]` in [0, 1]."""
-    return images[rows].permute(0, 3, 1, 2).float() / 255
-
-
-def fit_posteriors(codec: Codec, x: Tensor, rate: Tensor, bits: float, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Posteriors of v of several images side by side by the beta-ELBO, each with `bits` of KL a tile.
-
-    Returns:
-        Mean and standard deviation, `[n, weights of a tile, rows, columns]`, and the noise variance (of a pixel) that costs those bits.
-    """
-    wanted = torch.full((len(x),), bits)
-    water = water_level(codec, x, wanted)
-    for _ in range(6):  # until the linear parts alone ask for as many bits
-        _, v_mean, v_std = codec.infer(x, rate, water)
-        tiles = v_mean[0, 0].numel()
-        water = water * (kl_bits(v_mean, v_std) / tiles / wanted)
-    mean, log_std = v_mean.detach().clone().requires_grad_(), v_std.detach().log().requires_grad_()
-    optimizer = torch.optim.Adam([{"params": [mean], "lr": FIT_RATE}, {"params": [log_std], "lr": 2 * FIT_RATE}], betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [FIT_RATE, 2 * FIT_RATE], total_steps=steps + 1, pct_start=0.1)
-    for _ in range(steps):
-        image = codec.decode(mean + log_std.exp() * torch.randn_like(mean), rate)
-        found = kl_bits(mean, log_std.exp())
-        loss = found * NATS_PER_BIT + (image - x).square().sum((1, 2, 3)) / (2 * water)
-        optimizer.zero_grad()
-        loss.sum().backward()
-        optimizer.step()
-        schedule.step()
-        water = water * (found.detach() / tiles / wanted) ** 0.05
-    return mean.detach(), log_std.detach().exp(), water
 
 
 def save_codec(codec: Codec, path: Path) -> int:

@@ -28,8 +28,11 @@ NNCODEC = {  # bytes, top-1 and agreement with the float network on the same 5,0
 LEVEL_NAMES = {"weights": "the weights alone", "inputs": "1,024 images without labels", "data": "the training set"}
 
 
-INR_SETS = {"cifar10": "CIFAR-10's test images", "kodak": "the Kodak images, 96x96 in the middle"}
-INR_PARTS = {"matrix": "the matrix", "context": "mean and std from coarser weights", "sine": "the sine network"}
+INR_SETS = {"cifar10": "CIFAR-10's test images", "kodak": "the first Kodak images, 96x96 in the middle"}
+INR_PARTS = {
+    "matrix": "the matrix", "context": "mean and std from coarser weights", "encodings": "the positional encodings",
+    "sine": "the sine network",
+}  # fmt: skip
 RECOMBINER = ((0.297, 23.592), (0.719, 27.222), (0.938, 28.505), (1.531, 30.911), (1.922, 32.168), (3.344, 35.732))  # as published
 
 
@@ -56,6 +59,6 @@ def resnet_runs(depth: int) -> list[dict[str, Any]]:
 
 
 def inr_runs(task: str) -> list[dict[str, Any]]:
-    """Result lines of the images of one set, by size; of runs repeated the latest counts."""
-    latest = {v["size"]: v for v in read_results("inr_image") if v["task"] == task}
-    return [latest[size] for size in sorted(latest)]
+    """Result lines of the images of one set, by images in a file and size; of runs repeated the latest counts."""
+    latest = {(v["together"], v["size"]): v for v in read_results("inr_image") if v["task"] == task}
+    return [latest[key] for key in sorted(latest)]

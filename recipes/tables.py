@@ -43,13 +43,15 @@ def overview() -> str:
     resnet = min((v for v in resnet_runs(20) if v["float_top1"] - v["top1"] <= 1.0), key=lambda v: v["bytes"])
     contexts = {(v["task"], v["context"], v["kind"]): v for v in read_results("ban_contexts")}
     special = [v["share"] for (task, _, kind), v in contexts.items() if task == "digits" and kind == "specialised"]
+    digits_seconds = max((v.get("seconds_so_far", 0.0) for (task, *_), v in contexts.items() if task == "digits"), default=None)
     text = {(v["coded"], v["attention"]): v for v in read_results("ban_text")}.values()
+    text_seconds = next((v["train_seconds"] for v in text if v["attention"] == "on" and "train_seconds" in v), None)
     length = sum(v["bytes"] for v in text if v["attention"] == "on")
 
     def bits_per_byte(key: str, attention: str = "on") -> float:
         return 8 * sum(v[key] for v in text if v["attention"] == attention) / length
 
-    image = min(inr_runs("cifar10"), key=lambda v: abs(v["bpp"] - RECOMBINER[2][0]))
+    image = min((v for v in inr_runs("cifar10") if v["together"] == 1), key=lambda v: abs(v["bpp"] - RECOMBINER[2][0]))
     circle = {v["code"]: v for v in read_results("realism") if v["source"] == "circle" and v["bits"] == 1}
     federated = {v["how"]: v for v in read_results("federated") if v["epsilon"] == 8}
     search = next(v for v in read_results("gprs_figures") if v["coder"] == "gprs")
@@ -60,9 +62,9 @@ def overview() -> str:
          "MIRACLE: 1,552 B of indices, 0.96 %"),
         ("resnet_cifar10", resnet["command"].partition(".py ")[2], resnet["seconds"],
          f"ResNet-20 in {resnet['bytes']:,} B, top-1 {resnet['top1'] - resnet['float_top1']:+.2f}", "NNCodec: 123,911 B, top-1 -0.16"),
-        ("ban_contexts", "--task digits", None,
+        ("ban_contexts", "--task digits", digits_seconds,
          f"{100 * sum(special) / len(special):.0f} % of the general package's bytes on average of {len(special)} sets of digits", ""),
-        ("ban_text", "train --attention on", None, f"{bits_per_byte('coded_bytes'):.3f} bits a byte, "
+        ("ban_text", "train --attention on", text_seconds, f"{bits_per_byte('coded_bytes'):.3f} bits a byte, "
          f"{bits_per_byte('coded_bytes', 'off'):.3f} without attention", f"xz -9e: {bits_per_byte('xz_bytes'):.3f}"),
         ("inr_image", "evaluate", image.get("seconds"), f"{image['psnr']:.2f} dB at {image['bpp']:.3f} bits a pixel, all bytes counted",
          f"RECOMBINER: {RECOMBINER[2][1]:.2f} dB, indices alone"),
@@ -224,6 +226,7 @@ def contexts_table() -> str:
         context = f"{v['context']} (not trained on)" if v["unseen"] else v["context"]
         of_rival = latest.get((v["task"], v["context"], "rival", v["seed"])) if v["kind"].startswith("specialised") else None
         note = f", {v['bytes'] / of_rival['bytes']:.2f} of the rival's" if of_rival else ""
+        note += "" if v.get("reached", True) else ", the general one: no smaller one errs as little"
         numbers = f"{v['share']:.2f} | {v['error']:.2f} | {v['general_error']:.2f}"
         rows.append(f"| {v['task']}: {context} | {v['kind']} | {v['bytes']:,}{note} | {numbers} |")
     return "\n".join(rows)
@@ -320,17 +323,30 @@ def audit_table() -> str:
 
 
 def inr_table() -> str:
-    """Images coded each in a file of its own, beside what WebP and JPEG need for the same quality."""
+    """Images coded each in a file of its own, and together, beside what WebP and JPEG need for the same quality."""
     rows = [
-        "| images | file, bytes | bits a pixel | PSNR, dB | of the bytes not v | KL, bits | WebP of that PSNR, bytes | JPEG, bytes |",
-        "|" + "---|" * 8,
+        "| images | in a file | bytes an image | bits a pixel | PSNR, dB | of the bytes not v | KL, bits "
+        "| WebP of that PSNR, bytes | JPEG, bytes |",
+        "|" + "---|" * 9,
     ]
     for task, name in INR_SETS.items():
         for v in inr_runs(task):
             rows.append(
-                f"| {v['images']} of {name} | {v['bytes']:.1f} | {v['bpp']:.3f} | **{v['psnr']:.2f}** ± {v['psnr_error']:.2f} "
+                f"| {v['images']} of {name} | {v['together']} | {v['bytes']:.1f} | {v['bpp']:.3f} "
+                f"| **{v['psnr']:.2f}** ± {v['psnr_error']:.2f} "
                 f"| {v['bytes'] - v['index_bits'] / 8:.1f} | {v['kl_bits']:.0f} | {v['webp_bytes']:.0f} | {v['jpeg_bytes']:.0f} |"
             )
+    return "\n".join(rows)
+
+
+def inr_patches() -> str:
+    """What it is worth that the tiles of an image see each other and share their bits."""
+    found = next(v["patches"] for v in reversed(read_results("inr_image")) if "patches" in v)
+    rates = [name.removeprefix("apart_") for name in found if name.startswith("apart_")]
+    head = " | ".join(f"PSNR at {rate} bits of KL a tile, dB" for rate in rates)
+    rows = [f"| tiles of an image | {head} |", "|---" * (1 + len(rates)) + "|"]
+    for how, title in (("together", "see each other and share their bits"), ("apart", "each by itself, with the same bits")):
+        rows.append(f"| {title} | " + " | ".join(f"{found[f'{how}_{rate}']:.2f}" for rate in rates) + " |")
     return "\n".join(rows)
 
 
@@ -363,7 +379,7 @@ def keep(folder: Path) -> None:
             name = f"resnet{depth}-cifar10-{v['level']}-{v['budget']}.mban"
             _keep(folder, v, name, cards, "top-1 on the first 5,000 test images, percent", v["top1"], ("agreement", "float_top1"))
     for v in read_results("ban_contexts"):
-        if v["kind"] != "rival":
+        if v["kind"] != "rival" and v.get("reached", True):
             name = f"lenet5-{v['task']}-{v['kind'].replace(', ', '-')}-{v['context'].replace(' ', '')}.mban"
             _keep(folder, v, name, cards, "test error in the context, percent", v["error"], ("context",))
     texts = {(v["attention"], v["coded"]): v for v in read_results("ban_text")}
@@ -431,6 +447,7 @@ def main() -> None:
     resnet_plot(TOP / "recipes" / "results" / "resnet_cifar10.png")
     replace_section(TOP / "recipes" / "README.md", "images", inr_table())
     replace_section(TOP / "recipes" / "README.md", "image parts", inr_parts())
+    replace_section(TOP / "recipes" / "README.md", "image patches", inr_patches())
     inr_plot(TOP / "recipes" / "results" / "inr_image.png")
     replace_section(TOP / "recipes" / "README.md", "lenet5", lenet_seeds())
     replace_section(TOP / "recipes" / "README.md", "ablation", ablation_table())
