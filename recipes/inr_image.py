@@ -3,7 +3,6 @@
     python recipes/inr_image.py encode IMAGE OUT.mban --bytes 120       any size in whole tiles of 32x32 pixels
     python recipes/inr_image.py encode IMAGE... OUT.mban --bytes 120    all in one file, so many bytes for each
     python recipes/inr_image.py decode OUT.mban OUT.png                 or a folder, for several images
-    python recipes/inr_image.py evaluate --data ../data                 test images, JPEG and WebP; appends result lines
 
 RGB at a pixel is a function of its coordinates: a layer of Fourier features (the cosines of 0 to 31 half periods on each axis of a
 tile) with linear outputs, and beside it a sine network on coordinates and positional encodings, whose weights differ from tile to tile,
@@ -17,15 +16,11 @@ fitted by the beta-ELBO; the library codes v by its trellis, part after part, an
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import itertools
 import json
 import math
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +36,8 @@ from miracle_ban.errors import MismatchError
 from miracle_ban.layers import posteriors
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import RESULTS, append_result, cifar10, command_line, data_root, kodak
 from inr_codec import CODEC, RATES, TILE, WEIGHTS, Codec, load_codec
 from inr_fit import batch, fit_posteriors, rate_code
-from inr_prior import KODAK_TESTED, middles
 
 OVERHEAD_BITS = (124, 300)  # of a file, besides the stream: with one image, with several
 EFFICIENCY = 0.94  # KL bits that one bit of the stream carries
@@ -149,19 +142,16 @@ def encode_all(codec: Codec, images: np.ndarray, size: int, folder: Path, args: 
                 found[str(file[0])] = {
                     "bytes": info["file_bytes"], "side_bits": info["side_bits"], "index_bits": info["index_bits"],
                     "kl_bits": info["kl_bits_per_block"] * info["blocks"], "log2_ratio": info["log2_ratio_per_block"] * info["blocks"],
-                    "psnr": [_psnr(a, b) for a, b in zip(pixels(decoded), images[list(file)], strict=True)],
+                    "psnr": [psnr(a, b) for a, b in zip(pixels(decoded), images[list(file)], strict=True)],
                 }  # fmt: skip
                 account.write_text(json.dumps(found))
                 bar.update()
     return [found[str(file[0])] for file in files]
 
 
-def _psnr(a: np.ndarray, b: np.ndarray) -> float:
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of uint8 images, dB."""
     return float(-10 * np.log10(np.square(a.astype(float) - b).mean() / 255**2))
-
-
-def _sha256(files: list[Path]) -> str:
-    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
 
 
 # --- commands --------------------------------------------------------------------------------------------------------------
@@ -197,102 +187,34 @@ def decode(args: argparse.Namespace) -> None:
             Image.fromarray(image).save(args.output / f"{i:04d}.png")
 
 
-def test_images(args: argparse.Namespace) -> np.ndarray:
-    """The first images of CIFAR-10's test set, or the middles of the first Kodak images, which the codec has not seen."""
-    if args.set == "cifar10":
-        return cifar10(data_root(args.data))["test"][0][: args.images].numpy()
-    return middles(kodak(data_root(args.data))[:KODAK_TESTED][: args.images])
-
-
-def usual_codec(images: np.ndarray, kind: str) -> list[list[tuple[int, float]]]:
-    """(bytes, PSNR) of JPEG or WebP files of each image at every fourth quality."""
-    curves = []
-    for image in images:
-        curve = []
-        for quality in range(0, 101, 4):
-            file = io.BytesIO()
-            Image.fromarray(image).save(file, kind, quality=quality, **({"method": 6} if kind == "webp" else {"optimize": True}))
-            curve.append((file.tell(), _psnr(np.asarray(Image.open(file).convert("RGB")), image)))
-        curves.append(curve)
-    return curves
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    """Code test images at every size, decode them in a fresh process, append result lines and draw some of them."""
-    codec, images, started = load_codec(args.codec), test_images(args), time.monotonic()
-    others = {kind: usual_codec(images, kind) for kind in ("webp", "jpeg")}
-    shown = [images[: args.shown]]
-    for size in args.sizes:
-        folder = args.work / f"inr-{args.set}-{size}-{args.together}"
-        costs = encode_all(codec, images, size, folder, args)
-        subprocess.run([sys.executable, __file__, "decode", str(folder), str(folder), "--codec", str(args.codec)], check=True)
-        decoded = [np.asarray(Image.open(folder / f"{i:04d}.png")) for i in range(len(images))]
-        quality = [_psnr(a, b) for a, b in zip(decoded, images, strict=True)]
-        found = [v for cost in costs for v in cost["psnr"]]
-        if any(abs(q - own) > 0.01 for q, own in zip(quality, found, strict=True)):
-            raise SystemExit("a fresh process decoded other pixels")
-        files = sorted(folder.glob("*.mban"))
-        pixel_count = images[0].shape[0] * images[0].shape[1]
-        line = {
-            "task": args.set, "crop": images.shape[1], "images": len(images), "together": args.together, "size": size,
-            "bytes": sum(p.stat().st_size for p in files) / len(images), "psnr": float(np.mean(quality)),
-            "psnr_error": float(np.std(quality) / math.sqrt(len(images))),
-            **{k: sum(c[k] for c in costs) / len(images) for k in ("side_bits", "index_bits", "kl_bits", "log2_ratio")},
-            "seed": args.seed, "codec_bytes": args.codec.stat().st_size, "codec_sha256": _sha256([args.codec]),
-            "sha256": _sha256(files),
-            "seconds": round(time.monotonic() - started, 1), "command": command_line(),
-        }  # fmt: skip
-        line["bpp"] = 8 * line["bytes"] / pixel_count
-        for kind, curves in others.items():
-            enough = [min((b for b, q in curve if q >= own), default=max(curve)[0]) for curve, own in zip(curves, quality, strict=True)]
-            line[f"{kind}_bytes"] = float(np.mean(enough))  # at the same PSNR, image by image
-            line[f"{kind}_curve"] = [[round(float(v), 3) for v in np.mean(points, 0)] for points in zip(*curves, strict=True)]
-        if not args.smoke:
-            append_result("inr_image", line)
-        print(json.dumps(line), flush=True)
-        shown.append(np.stack(decoded[: args.shown]))
-    rows = [np.concatenate(list(row), 1) for row in shown]
-    sheet = Image.fromarray(np.concatenate(rows))
-    scale = max(1, 900 // sheet.width)
-    picture = (args.work if args.smoke else RESULTS) / f"inr_image_{args.set}.png"
-    sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST).save(picture)
+def coding_options() -> argparse.ArgumentParser:
+    """A parser for what `encode_all` asks for."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--codec", type=Path, default=CODEC)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fit-steps", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--refine-steps", type=int, default=20)
+    parser.add_argument("--refine-rate", type=float, default=1e-2)
+    parser.add_argument("--memory", type=int, default=18, help="of the trellis, bits")
+    return parser
 
 
 def main() -> None:
     """Run the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="encode | decode | evaluate")
-    common, coding = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
-    common.add_argument("--codec", type=Path, default=CODEC)
-    common.add_argument("--data", help="folder that holds cifar10/ and kodak/; default $MIRACLE_BAN_DATA, else ./data")
-    common.add_argument("--work", type=Path, default=Path("work"))
-    common.add_argument("--seed", type=int, default=0)
-    common.add_argument("--smoke", action="store_true", help="little work and no result line, for the tests")
-    coding.add_argument("--fit-steps", type=int, default=150)
-    coding.add_argument("--rounds", type=int, default=8)
-    coding.add_argument("--refine-steps", type=int, default=20)
-    coding.add_argument("--refine-rate", type=float, default=1e-2)
-    coding.add_argument("--memory", type=int, default=18, help="of the trellis, bits")
-    one = commands.add_parser("encode", parents=[common, coding], help="code images of one size into a file")
+    commands = parser.add_subparsers(required=True, metavar="encode | decode")
+    one = commands.add_parser("encode", parents=[coding_options()], help="code images of one size into a file")
     one.add_argument("image", type=Path, nargs="+")
     one.add_argument("output", type=Path)
     one.add_argument("--bytes", type=int, required=True, help="of the file for each image, everything counted")
     one.set_defaults(run=encode)
-    one = commands.add_parser("decode", parents=[common], help="decode a file, or all files of a folder")
+    one = commands.add_parser("decode", help="decode a file, or all files of a folder")
     one.add_argument("file", type=Path)
     one.add_argument("output", type=Path, help="a PNG; of a file with several images, or of a folder with files, a folder")
+    one.add_argument("--codec", type=Path, default=CODEC)
     one.set_defaults(run=decode)
-    one = commands.add_parser("evaluate", parents=[common, coding], help="code and measure test images")
-    one.add_argument("--set", choices=("cifar10", "kodak"), default="cifar10")
-    one.add_argument("--images", type=int, default=64)
-    one.add_argument("--sizes", type=lambda text: [int(s) for s in text.split(",")], default=[120, 246], help="bytes of an image")
-    one.add_argument("--together", type=int, default=1, help="images in a file")
-    one.add_argument("--shown", type=int, default=12, help="images in the picture")
-    one.set_defaults(run=evaluate)
     args = parser.parse_args()
-    if args.smoke:
-        small = {"images": 2, "fit_steps": 20, "rounds": 2, "refine_steps": 2, "memory": 10}
-        vars(args).update({k: v for k, v in small.items() if hasattr(args, k)})
     args.run(args)
 
 

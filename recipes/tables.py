@@ -62,11 +62,11 @@ def overview() -> str:
          "MIRACLE: 1,552 B of indices, 0.96 %"),
         ("resnet_cifar10", resnet["command"].partition(".py ")[2], resnet["seconds"],
          f"ResNet-20 in {resnet['bytes']:,} B, top-1 {resnet['top1'] - resnet['float_top1']:+.2f}", "NNCodec: 123,911 B, top-1 -0.16"),
-        ("ban_contexts", "--task digits", digits_seconds,
+        ("ban_contexts", next(v["command"].partition(".py ")[2] for v in contexts.values() if v["task"] == "digits"), digits_seconds,
          f"{100 * sum(special) / len(special):.0f} % of the general package's bytes on average of {len(special)} sets of digits", ""),
         ("ban_text", "train --attention on", text_seconds, f"{bits_per_byte('coded_bytes'):.3f} bits a byte, "
          f"{bits_per_byte('coded_bytes', 'off'):.3f} without attention", f"xz -9e: {bits_per_byte('xz_bytes'):.3f}"),
-        ("inr_image", "evaluate", image.get("seconds"), f"{image['psnr']:.2f} dB at {image['bpp']:.3f} bits a pixel, all bytes counted",
+        ("inr_evaluate", "", image["seconds"], f"{image['psnr']:.2f} dB at {image['bpp']:.3f} bits a pixel, all bytes counted",
          f"RECOMBINER: {RECOMBINER[2][1]:.2f} dB, indices alone"),
         ("realism", "", circle["dithered"]["seconds"], f"squared error at one bit on the circle {circle['dithered']['distortion']:.3f}",
          f"without shared randomness at least {circle['private noise']['theorem']:.3f}"),

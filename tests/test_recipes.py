@@ -265,37 +265,39 @@ def make_smooth_cifar10(root: Path) -> None:
 
 def test_inr_recipe_codes_images_into_files_that_a_fresh_process_decodes_to_the_reported_quality(tmp_path):
     make_smooth_cifar10(tmp_path / "data")
-    codec = ("--smoke", "--codec", tmp_path / "codec.npz", "--data", tmp_path / "data", "--work", tmp_path)
-    learned = json.loads(run_recipe("inr_prior.py", *codec))
+    codec = ("--codec", tmp_path / "codec.npz")
+    known = (*codec, "--smoke", "--data", tmp_path / "data", "--work", tmp_path)
+    quick = (*codec, "--fit-steps", 20, "--rounds", 2, "--refine-steps", 2, "--memory", 10)
+    learned = json.loads(run_recipe("inr_prior.py", *known))
     assert (tmp_path / "codec.npz").stat().st_size == learned["codec_bytes"]
-    line = json.loads(run_recipe("inr_image.py", "evaluate", *codec, "--sizes", 120))
+    line = json.loads(run_recipe("inr_evaluate.py", *known, "--sizes", 120))
     sizes = [p.stat().st_size for p in sorted((tmp_path / "inr-cifar10-120-1").glob("*.mban"))]
     assert len(sizes) == 2
     assert line["bytes"] == sum(sizes) / 2 <= 120
-    assert line["psnr"] > 32  # a grey image: about 15
+    assert line["psnr"] > 30  # a grey image: about 15
 
     wide = np.asarray(Image.open(tmp_path / "data" / "cifar10" / "test_00000_04999.webp").convert("RGB"))[:, :64]
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    cost = json.loads(run_recipe("inr_image.py", "encode", tmp_path / "wide.png", tmp_path / "wide.mban", "--bytes", 200, *codec))
+    cost = json.loads(run_recipe("inr_image.py", "encode", tmp_path / "wide.png", tmp_path / "wide.mban", "--bytes", 200, *quick))
     assert (tmp_path / "wide.mban").stat().st_size == cost["bytes"] <= 200
     inr_image = imported("inr_image")
     back = inr_image.decode_file(inr_image.load_codec(tmp_path / "codec.npz"), tmp_path / "wide.mban")[0]
     assert back.shape == wide.shape
     error = np.square(back.astype(float) - wide).mean() / 255**2
     assert -10 * np.log10(error) == pytest.approx(cost["psnr"][0], abs=0.01)
-    assert cost["psnr"][0] > 30
+    assert cost["psnr"][0] > 28
 
     upside_down = tmp_path / "upside-down.png"
     Image.fromarray(wide[::-1]).save(upside_down)
     cost = json.loads(
-        run_recipe("inr_image.py", "encode", tmp_path / "wide.png", upside_down, tmp_path / "two.mban", "--bytes", 200, *codec)
+        run_recipe("inr_image.py", "encode", tmp_path / "wide.png", upside_down, tmp_path / "two.mban", "--bytes", 200, *quick)
     )
     assert (tmp_path / "two.mban").stat().st_size == cost["bytes"] <= 400
     run_recipe("inr_image.py", "decode", tmp_path / "two.mban", tmp_path / "two", *codec)
     for name, image, quality in zip(("0000.png", "0001.png"), (wide, wide[::-1]), cost["psnr"], strict=True):
         error = np.square(np.asarray(Image.open(tmp_path / "two" / name)).astype(float) - image).mean() / 255**2
         assert -10 * np.log10(error) == pytest.approx(quality, abs=0.01)
-        assert quality > 30
+        assert quality > 28
 
 
 def test_the_codec_in_pretrained_is_that_of_the_result_lines_and_every_size_of_image_has_its_own_mark():
