@@ -52,9 +52,10 @@ SEGMENT = 1 << 15  # bytes; the decoder works on all segments of a file side by 
 MAGIC = b"MBT1"
 
 
-def pairs(windows: Any) -> Any:
-    """Hashes, below PAIRS, of neighbouring bytes: integers `[n, FAR - 1]` of windows `[n, FAR]`, tensors or arrays."""
-    return (windows[:, :-1] * 197 + windows[:, 1:]) % PAIRS
+def counted(windows: Any) -> list[tuple[Any, int, int]]:
+    """What the encoder of z counts in windows `[n, FAR]`, tensor or array: numbers `[n, m]`, how many of them weigh one, their bound."""
+    pairs = (windows[:, :-1] * 197 + windows[:, 1:]) % PAIRS
+    return [*((windows[:, -k:], k, 256) for k in SCALES), (pairs, PAIR, PAIRS)]
 
 
 class Predictor(nn.Module):
@@ -75,8 +76,7 @@ class Predictor(nn.Module):
 
     def seen(self, windows: Tensor) -> Tensor:
         """Features of the windows that z is made of, `[n, FAR_WIDTH]`: from how often bytes occur at several scales, and pairs of them."""
-        seen = [(windows[:, -k:], k, 256) for k in SCALES] + [(pairs(windows), PAIR, PAIRS)]
-        often = [torch.zeros(len(windows), n).scatter_add_(1, w, torch.full(w.shape, 1.0 / k)) for w, k, n in seen]
+        often = [torch.zeros(len(w), n).scatter_add_(1, w, torch.full(w.shape, 1.0 / k)) for w, k, n in counted(windows)]
         return F.relu(self.far(torch.cat(often, 1)))
 
     def forward(self, windows: Tensor, z: Tensor | None = None) -> Tensor:
@@ -193,8 +193,8 @@ class IntegerPredictor:
         if not self.attention:
             scores = self._linear("out", self._linear("second", h).clip(0))
         else:
-            seen, often = [(windows[:, -k:], k, 256) for k in SCALES] + [(pairs(windows), PAIR, PAIRS)], []
-            for w, k, n in seen:
+            often = []
+            for w, k, n in counted(windows):
                 found = np.bincount((w + n * np.arange(len(w))[:, None]).ravel(), minlength=n * len(w))
                 often.append(found.reshape(len(w), n) * float((1 << COARSE) // k))
             z = self._linear("latent", self._linear("far", np.concatenate(often, 1)).clip(0))

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import RESULTS, append_result, cifar10, command_line, data_root, kodak
 from inr_codec import load_codec
 from inr_image import coding_options, encode_all, psnr
-from inr_prior import KODAK_TESTED, middles
 
 
 def _sha256(files: list[Path]) -> str:
@@ -38,7 +37,7 @@ def test_images(args: argparse.Namespace) -> np.ndarray:
     """The first images of CIFAR-10's test set, or the middles of the first Kodak images, which the codec has not seen."""
     if args.set == "cifar10":
         return cifar10(data_root(args.data))["test"][0][: args.images].numpy()
-    return middles(kodak(data_root(args.data))[:KODAK_TESTED][: args.images])
+    return np.stack(kodak(data_root(args.data))["test"][: args.images])
 
 
 def usual_codec(images: np.ndarray, kind: str) -> list[list[tuple[int, float]]]:

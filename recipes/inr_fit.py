@@ -47,8 +47,8 @@ def water_level(codec: Codec, x: Tensor, bits: Tensor) -> Tensor:
     return middle.exp()
 
 
-def batch(images: Tensor, rows: Tensor) -> Tensor:
-    """Some of uint8 images `[n, h, w, 3]` as `[k, 3, h, w]` in [0, 1]."""
+def batch(images: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+    """All or some of uint8 images `[n, h, w, 3]` as `[k, 3, h, w]` in [0, 1]."""
     return images[rows].permute(0, 3, 1, 2).float() / 255
 
 

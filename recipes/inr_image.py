@@ -129,7 +129,7 @@ def encode_all(codec: Codec, images: np.ndarray, size: int, folder: Path, args: 
     with tqdm(total=len(files), initial=len(files) - len(missing), desc=f"{size} bytes an image", unit="file") as bar:
         for some in (missing[i : i + side_by_side] for i in range(0, len(missing), side_by_side)):
             rows = [i for file in some for i in file]
-            x = batch(torch.from_numpy(images[rows]), torch.arange(len(rows)))
+            x = batch(torch.from_numpy(images[rows]))
             rate = nearest_rate(size, tiles, len(some[0]))[:1].expand(len(rows))
             fitted = fit_posteriors(codec, x, rate, carried_bits(size, tiles, len(some[0])), args.fit_steps)
             for file in some:

@@ -30,7 +30,6 @@ from inr_codec import CELLS, CODEC, GROUPS, LEAD, PARTS, RATES, TILE, WEIGHTS, C
 from inr_fit import batch, fit_posteriors, kl_bits, kl_each, psnr, rate_code, water_level
 
 SHARES = (0.15, 0.35, 0.15, 0.35)  # how often each of the codec's rates is learned on
-KODAK_TESTED, KODAK_CROP = 4, 96  # the first four images, their middles; the codec learns on the others
 
 
 @torch.no_grad()
@@ -70,7 +69,7 @@ def crops(photos: list[Tensor], side: int, number: int) -> Tensor:
     for k in torch.randint(len(photos), (number,)).tolist():
         top, left = (int(torch.randint(s - side + 1, ())) for s in photos[k].shape[:2])
         found.append(photos[k][top : top + side, left : left + side])
-    return batch(torch.stack(found), torch.arange(number))
+    return batch(torch.stack(found))
 
 
 def learn(args: argparse.Namespace) -> Codec:
@@ -81,7 +80,7 @@ def learn(args: argparse.Namespace) -> Codec:
     torch.manual_seed(args.seed)
     data = cifar10(data_root(args.data))
     images, held_out = data["train"][0], batch(data["validation"][0], torch.arange(min(500, len(data["validation"][0]))))
-    photos = [torch.from_numpy(image) for image in kodak(data_root(args.data))[KODAK_TESTED:]]
+    photos = [torch.from_numpy(image) for image in kodak(data_root(args.data))["train"]]
     codec = Codec(args.without)
     start(codec, batch(images, torch.arange(min(4000, len(images)))))
     optimizer = torch.optim.Adam(codec.parameters(), args.learning_rate, betas=(0.9, 0.98))
@@ -136,15 +135,6 @@ def learn(args: argparse.Namespace) -> Codec:
     return codec.requires_grad_(False)
 
 
-def middles(photos: list[np.ndarray]) -> np.ndarray:
-    """The middles of images, uint8 `[n, 96, 96, 3]`."""
-    found = []
-    for image in photos:
-        top, left = (image.shape[0] - KODAK_CROP) // 2, (image.shape[1] - KODAK_CROP) // 2
-        found.append(image[top : top + KODAK_CROP, left : left + KODAK_CROP])
-    return np.stack(found)
-
-
 def patches(codec: Codec, x: Tensor, steps: int) -> dict[str, float]:
     """PSNR of images `[n, 3, h, w]` whose tiles see each other and share their bits, and of the same tiles, each by itself."""
     apart = x.unfold(2, TILE, TILE).unfold(3, TILE, TILE).permute(0, 2, 3, 1, 4, 5)
@@ -187,9 +177,9 @@ def main() -> None:
         mean, std, _ = fit_posteriors(codec, x, rate, bits, args.fit_steps)
         draw = codec.decode(mean + std * torch.randn_like(mean), rate).clamp(0, 1)
         line[f"psnr_{bits:.0f}"], line[f"kl_{bits:.0f}"] = float(psnr(draw, x).mean()), float(kl_bits(mean, std).mean())
-    photos = kodak(data_root(args.data))[:KODAK_TESTED]
+    photos = kodak(data_root(args.data))["test"]
     if photos and not args.without:
-        line["patches"] = patches(codec, batch(torch.from_numpy(middles(photos)), torch.arange(len(photos))), args.fit_steps)
+        line["patches"] = patches(codec, batch(torch.from_numpy(np.stack(photos))), args.fit_steps)
     line["seconds"] = round(time.monotonic() - started, 1)
     line["command"] = command_line()
     if not args.smoke:
