@@ -6,7 +6,9 @@ without narrowing and folding. Leans on torch only.
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +73,26 @@ class Structure:
 
 def trace(model: nn.Module) -> Structure:
     """Find the links and foldable norms of `model`; of a model that cannot be traced, those of its parts that can."""
-    return _trace(model, _names_of_shared_tensors(model))
+    with _left_alone(model):
+        return _trace(model, _names_of_shared_tensors(model))
+
+
+@contextlib.contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Undo what the model's own code stores while it is traced: some keep what they saw, here a proxy, for their next call."""
+    before = [
+        (vars(m), {k: (v, v.copy() if isinstance(v, list | dict | set) else None) for k, v in vars(m).items()}) for m in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for held, attributes in before:
+            held.clear()
+            for key, (value, items) in attributes.items():
+                if items is not None:
+                    value.clear()
+                    (value.extend if isinstance(value, list) else value.update)(items)
+                held[key] = value
 
 
 def _trace(model: nn.Module, shared: set[str]) -> Structure:

@@ -3,7 +3,7 @@
     python recipes/coverage.py                  all, each in its own process, smallest first; hours
     python recipes/coverage.py resnet50 lstm    only these
 
-Weights are random, at one bit each but at most a million bits in all, so sizes say nothing about accuracy; what is checked is that
+Weights are random, at one bit each but at most 250,000 bits in all, so sizes say nothing about accuracy; what is checked is that
 every tensor of the fresh instance is what the file says, that raw buffers are restored to the bit, that no class of the plug-in is
 left, and that outputs are finite. Appends one line for each to `recipes/results/coverage.jsonl`, which `recipes/tables.py` turns
 into the list in `recipes/README.md`.
@@ -33,7 +33,7 @@ from miracle_ban.reconstruct import Reconstruction
 sys.path.insert(0, str(Path(__file__).parent))
 from common import append_result
 
-BITS_PER_WEIGHT, LARGEST_BITS = 1.0, 1e6
+BITS_PER_WEIGHT, LARGEST_BITS = 1.0, 2.5e5
 SIDE = {"inception_v3": 299}
 
 

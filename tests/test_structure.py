@@ -143,6 +143,32 @@ def test_what_cannot_be_traced_yields_nothing():
     assert trace(Branching(nn.Linear(3, 3), nn.Linear(3, 3))).links == ()
 
 
+class Remembering(nn.Module):
+    """Keeps what it sees, as torchvision's MultiScaleRoIAlign keeps the scales of its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.scale, self.seen = None, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale = x.mean() if self.scale is None else self.scale
+        self.seen.append(x)
+        self.latest = x
+        return self.layer(x) * self.scale
+
+
+def test_tracing_leaves_nothing_behind():
+    net = nn.Sequential(Remembering(), nn.Linear(3, 2))
+    seen = net[0].seen
+    trace(net)
+    assert net[0].scale is None
+    assert net[0].seen is seen
+    assert seen == []
+    assert not hasattr(net[0], "latest")
+    assert convert(net)(torch.ones(1, 3)).shape == (1, 2)
+
+
 def test_foldable_norms_are_found():
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4))
     assert trace(net).norms == (("0", "1"), ("4", "5"))
