@@ -67,7 +67,7 @@ def encode(
     block_bits: float | None = None,
     rounds: int = 50,
     refine_steps: int = 50,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-3,
     names: bool | None = None,
     num_examples: int | None = None,
     sharded: bool | None = None,

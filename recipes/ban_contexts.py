@@ -36,7 +36,7 @@ from common import RESULTS, Batches, append_result, command_line, data_root, err
 from lenet5_mnist import BATCH, DISTORTION, INPUT_MEAN, INPUT_STD, LeNet5, train_float
 
 Data = dict[str, tuple[Tensor, Tensor]]
-STEPS = {"specialised": 0.7, "rival": 0.8}  # from one budget to the next
+STEP = 0.8  # from one budget to the next
 WITHIN = 0.1  # points of error
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -168,7 +168,6 @@ class Experiment:
     def smallest(self, kind: str, context: str, bnn: nn.Module | None, target: float, first: float) -> Path | None:
         """The smallest package on a ladder of budgets from `first` on, down or up, whose validation error is at most `target`."""
         own, best, budget = restricted(self.data, self.contexts[context]), None, first
-        step = STEPS[kind.partition(",")[0]]
         while 60 < budget <= 1.01 * self.general_bytes:
             path = self.package(kind, context, round(budget), bnn)
             if self.args.smoke:
@@ -179,11 +178,11 @@ class Experiment:
                 best = path
                 if budget > first:  # on the way up
                     break
-                budget *= step
+                budget *= STEP
             elif best is not None:
                 break
             else:
-                budget /= step
+                budget /= STEP
         return best
 
     def run(self) -> None:
@@ -274,7 +273,7 @@ def main() -> None:
     parser.add_argument("--float-epochs", type=int, default=4)
     parser.add_argument("--prototypes", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=16)
-    parser.add_argument("--refine-steps", type=int, default=40)
+    parser.add_argument("--refine-steps", type=int, default=120)
     parser.add_argument("--first-share", type=float, default=0.6, help="of the general package's bytes: the first budget that is tried")
     parser.add_argument("--rival-share", type=float, default=0.5, help="training steps of a rival over those of the one training")
     parser.add_argument("--plain", type=Path, help="a file packaged for everything without attention, to compare with, too")

@@ -1,7 +1,8 @@
 """LeNet-5 on MNIST: a trained network of 1,724,320 bytes becomes a file of about a kilobyte. LeNet-300-100, too.
 
     python recipes/lenet5_mnist.py --budget 1140 --seed 0 --data ../data
-    python recipes/lenet5_mnist.py --network lenet300 --budget 2500 --float-epochs 30 --epochs 100 --weights-per-bit 3 --refine-steps 100
+    python recipes/lenet5_mnist.py --network lenet300 --budget 2500 --float-epochs 30 --epochs 100 --weights-per-bit 3 --refine-steps 100 \
+        --refine-rate 1e-3 --distortion 0.7
 
 Trains the float network (two minutes) and the posteriors (seven), both kept in --work, packages them (three), decodes the file
 in a fresh process, reports the error on the official test split and appends one line to `recipes/results/lenet5_mnist.jsonl`.
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import Batches, Scored, append_result, data_root, distilled, error_percent, mnist, weights_digest
 
 INPUT_MEAN, INPUT_STD = 0.1307, 0.3081
-DISTORTION = 0.7
+DISTORTION = 0.7  # of the float network's training images
 BATCH = 250
 
 
@@ -101,16 +102,17 @@ def main() -> None:
     """Run the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=tuple(NETWORKS), default="lenet5")
-    parser.add_argument("--distortion", type=float, default=DISTORTION, help="of training images")
+    parser.add_argument("--distortion", type=float, default=0.35, help="of the images that posteriors are trained on")
     parser.add_argument("--budget", default="1140", help="bytes of the whole file, or text such as '1.5 kB'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coder", default="trellis")
     parser.add_argument("--epochs", type=float, default=40, help="of training the posteriors")
     parser.add_argument("--weights-per-bit", type=float, default=1.5, help="live weights for each bit of the budget")
-    parser.add_argument("--float-epochs", type=int, default=6)
+    parser.add_argument("--float-epochs", type=int, default=12)
     parser.add_argument("--distil", type=float, default=0.0, help="share of the loss that is distillation from the float network")
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--refine-steps", type=int, default=60)
+    parser.add_argument("--refine-steps", type=int, default=90)
+    parser.add_argument("--refine-rate", type=float, default=3e-3, help="learning rate of refining")
     parser.add_argument("--data", help="folder that holds mnist/; default $MIRACLE_BAN_DATA, else ./data by download")
     parser.add_argument("--work", type=Path, default=Path("work"), help="float network and checkpoint")
     parser.add_argument("-o", "--output", type=Path, help="default WORK/NETWORK-mnist-BUDGET-sSEED.mban")
@@ -127,21 +129,25 @@ def main() -> None:
     if args.smoke:
         data = {part: (x[:1000], y[:1000]) for part, (x, y) in data.items()}
         args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 20, 1, 3, 2, "4 kB"
-    batches = Batches(*data["train"], size=BATCH, mean=INPUT_MEAN, std=INPUT_STD, distortion=args.distortion)
+
+    def batches(distortion: float) -> Batches:
+        return Batches(*data["train"], size=BATCH, mean=INPUT_MEAN, std=INPUT_STD, distortion=distortion)
+
     args.work.mkdir(parents=True, exist_ok=True)
     stem = f"{args.network}-mnist-{parse_bytes(args.budget)}-s{args.seed}"
-    posteriors = args.work / f"{stem}-{args.epochs:g}-{args.weights_per_bit:g}-{args.distil:g}-{args.coder}.posteriors"
+    posteriors = args.work / f"{stem}-{args.epochs:g}-{args.weights_per_bit:g}-{args.distil:g}-{args.distortion:g}-{args.coder}.posteriors"
     output = args.output or args.work / f"{stem}.mban"
 
     started = time.monotonic()
     title, make = NETWORKS[args.network]
     kept = args.work / f"float-{'' if make is LeNet5 else args.network + '-'}s{args.seed}.pt"
-    net = train_float(batches, epochs=args.float_epochs, seed=args.seed, path=kept, make=make)
+    net = train_float(batches(DISTORTION), epochs=args.float_epochs, seed=args.seed, path=kept, make=make)
     seconds = {"float": time.monotonic() - started}
     float_error = error_percent(net, *data["test"], mean=INPUT_MEAN, std=INPUT_STD)
 
     bnn = miracle_ban.convert(net)
-    examples, loss = (Scored(batches, net), distilled(args.distil)) if args.distil else (batches, F.cross_entropy)
+    own = batches(args.distortion)
+    examples, loss = (Scored(own, net), distilled(args.distil)) if args.distil else (own, F.cross_entropy)
     started = time.monotonic()
     report = miracle_ban.fit(
         bnn,
@@ -166,6 +172,7 @@ def main() -> None:
         seed=args.seed,
         rounds=args.rounds,
         refine_steps=args.refine_steps,
+        learning_rate=args.refine_rate,
         checkpoint=output.with_suffix(".checkpoint"),
     )
     seconds["encode"] = archive.info["seconds"]
@@ -184,7 +191,7 @@ def main() -> None:
     line = {
         "task": f"{title} on MNIST", "bytes": size, "error": checked["error"], "validation_error": round(validation_error, 3),
         "float_error": float_error, "budget": report.budget_bytes, "seed": args.seed, "coder": args.coder, "epochs": args.epochs,
-        "distil": args.distil,
+        "distil": args.distil, "distortion": args.distortion, "refine_rate": args.refine_rate,
         "seconds": {k: round(v, 1) for k, v in seconds.items()}, "widths": report.widths, "live_weights": report.live_weights,
         "fit_beta": report.beta, "fit_kl_bits": report.kl_bits_by_tensor, "blocks": info["blocks"], "side_bits": info["side_bits"],
         "kl_bits_per_block": info["kl_bits_per_block"], "codeword_bits_per_block": info["codeword_bits_per_block"],
@@ -192,7 +199,8 @@ def main() -> None:
         "sha256": hashlib.sha256(output.read_bytes()).hexdigest(), "sha256_weights": digest, "file": output.name,
         "input_mean": INPUT_MEAN, "input_std": INPUT_STD,
         "command": f"python recipes/lenet5_mnist.py{other} --budget {args.budget} --seed {args.seed} --epochs {args.epochs:g} "
-        f"--weights-per-bit {args.weights_per_bit:g} --rounds {args.rounds} --refine-steps {args.refine_steps} --coder {args.coder} "
+        f"--weights-per-bit {args.weights_per_bit:g} --rounds {args.rounds} --refine-steps {args.refine_steps} "
+        f"--refine-rate {args.refine_rate:g} --coder {args.coder} "
         f"--float-epochs {args.float_epochs} --distil {args.distil:g} --distortion {args.distortion:g}",
     }  # fmt: skip
     if not args.smoke:

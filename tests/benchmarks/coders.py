@@ -258,7 +258,7 @@ def lenet_table(data: str | None, work: Path, *, quick: bool) -> list[Row]:
         model = copy.deepcopy(bnn)
         rounds = 4 if quick else 40
         archive = miracle_ban.encode(
-            model, batches, F.cross_entropy, coder=coders.get(coder, **options), seed=0, rounds=rounds, refine_steps=40
+            model, batches, F.cross_entropy, coder=coders.get(coder, **options), seed=0, rounds=rounds, refine_steps=40, learning_rate=1e-3
         )
         path = work / f"coders-{name.replace(', ', '-').replace(' ', '')}.mban"
         size = miracle_ban.save(archive, path)
