@@ -66,7 +66,7 @@ def encode(
     budget: str | int | None = None,
     block_bits: float | None = None,
     rounds: int = 50,
-    refine_steps: int = 50,
+    refine_steps: int = 100,
     learning_rate: float = 3e-3,
     names: bool | None = None,
     num_examples: int | None = None,
@@ -91,7 +91,7 @@ def encode(
         budget: size of the whole file that refinement steers at; default what `fit` was given.
         block_bits: KL that one block carries, bits; default what `fit` was given.
         rounds: how often coding stops to refine; the trellis takes the nearest power of two.
-        refine_steps: gradient steps after each round.
+        refine_steps: gradient steps after each round; more take longer and err less, on LeNet-5 in 750 bytes 240 less than 90.
         learning_rate: of the means in the first round of refining; it falls to a tenth in the last. The default was found on
             LeNets; on a ResNet-20 1e-3 already did harm, 3e-4 did not.
         names: store names and shapes; default if the file is going to be larger than 10 kB.
@@ -250,7 +250,8 @@ def compress(
     """Convert + fit + encode: a trained network becomes an archive of at most `budget`.
 
     Without `batches` nothing is trained: the noise that the budget asks for is shared out over the weights as they are, and each
-    layer is made to repair what the coding of those before it did (`reconstruct`). At the smallest sizes training keeps more.
+    layer is made to repair what the coding of those before it did (`reconstruct`). Far below a bit a weight training keeps more; at
+    1.2 bits a weight of a ResNet-20, 28 epochs of it kept less than `inputs` alone.
 
     Args:
         net: a trained network, or its state dict alone (then nothing can be measured, and errors are far larger); left alone.

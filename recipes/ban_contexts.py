@@ -209,7 +209,7 @@ class Experiment:
                         self.report(kind, context, general_path, self.measured(general_path, own), general, bits, reached=False)
                 else:
                     self.report(kind, context, path, self.measured(path, own), general, bits)
-                    first = path.stat().st_size / 1.25
+                    first = max(61.0, path.stat().st_size / 1.25)
         if not self.args.smoke:
             contexts = {name: batches_of(restricted(self.data, self.contexts[name])) for name in self.contexts}
             contexts = {"all": batches_of(self.data), **contexts}

@@ -111,8 +111,9 @@ def main() -> None:
     parser.add_argument("--float-epochs", type=int, default=12)
     parser.add_argument("--distil", type=float, default=0.0, help="share of the loss that is distillation from the float network")
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--refine-steps", type=int, default=90)
+    parser.add_argument("--refine-steps", type=int, default=240)
     parser.add_argument("--refine-rate", type=float, default=3e-3, help="learning rate of refining")
+    parser.add_argument("--refine-distortion", type=float, help="of the images in refining; default that of --distortion")
     parser.add_argument("--data", help="folder that holds mnist/; default $MIRACLE_BAN_DATA, else ./data by download")
     parser.add_argument("--work", type=Path, default=Path("work"), help="float network and checkpoint")
     parser.add_argument("-o", "--output", type=Path, help="default WORK/NETWORK-mnist-BUDGET-sSEED.mban")
@@ -146,12 +147,13 @@ def main() -> None:
     float_error = error_percent(net, *data["test"], mean=INPUT_MEAN, std=INPUT_STD)
 
     bnn = miracle_ban.convert(net)
-    own = batches(args.distortion)
-    examples, loss = (Scored(own, net), distilled(args.distil)) if args.distil else (own, F.cross_entropy)
+    refine_distortion = args.distortion if args.refine_distortion is None else args.refine_distortion
+    examples = [Scored(own, net) if args.distil else own for own in map(batches, (args.distortion, refine_distortion))]
+    loss = distilled(args.distil) if args.distil else F.cross_entropy
     started = time.monotonic()
     report = miracle_ban.fit(
         bnn,
-        examples,
+        examples[0],
         loss,
         budget=args.budget,
         epochs=args.epochs,
@@ -166,7 +168,7 @@ def main() -> None:
         return
     archive = miracle_ban.encode(
         bnn,
-        examples,
+        examples[1],
         loss,
         coder=args.coder,
         seed=args.seed,
@@ -191,7 +193,7 @@ def main() -> None:
     line = {
         "task": f"{title} on MNIST", "bytes": size, "error": checked["error"], "validation_error": round(validation_error, 3),
         "float_error": float_error, "budget": report.budget_bytes, "seed": args.seed, "coder": args.coder, "epochs": args.epochs,
-        "distil": args.distil, "distortion": args.distortion, "refine_rate": args.refine_rate,
+        "distil": args.distil, "distortion": args.distortion, "refine_rate": args.refine_rate, "refine_distortion": refine_distortion,
         "seconds": {k: round(v, 1) for k, v in seconds.items()}, "widths": report.widths, "live_weights": report.live_weights,
         "fit_beta": report.beta, "fit_kl_bits": report.kl_bits_by_tensor, "blocks": info["blocks"], "side_bits": info["side_bits"],
         "kl_bits_per_block": info["kl_bits_per_block"], "codeword_bits_per_block": info["codeword_bits_per_block"],
@@ -201,7 +203,8 @@ def main() -> None:
         "command": f"python recipes/lenet5_mnist.py{other} --budget {args.budget} --seed {args.seed} --epochs {args.epochs:g} "
         f"--weights-per-bit {args.weights_per_bit:g} --rounds {args.rounds} --refine-steps {args.refine_steps} "
         f"--refine-rate {args.refine_rate:g} --coder {args.coder} "
-        f"--float-epochs {args.float_epochs} --distil {args.distil:g} --distortion {args.distortion:g}",
+        f"--float-epochs {args.float_epochs} --distil {args.distil:g} --distortion {args.distortion:g} "
+        f"--refine-distortion {refine_distortion:g}",
     }  # fmt: skip
     if not args.smoke:
         append_result("lenet5_ablation" if args.without else "lenet5_mnist", line | {"without": args.without})

@@ -120,12 +120,18 @@ def lenet_seeds() -> str:
 
 
 def ablation_table() -> str:
-    """What LeNet-300-100 loses at the same bytes when one thing is left out; of runs repeated the latest counts."""
-    whole = lenet_groups("LeNet-300-100")[2500, "trellis", 100][0]
-    rows = ["| without | file, bytes | test error, % | validation error, % | hidden units |", "|" + "---|" * 5]
-    for v in [whole, *{v["without"]: v for v in read_results("lenet5_ablation")}.values()]:
-        widths = "-".join(str(w) for w in v["widths"].values())
-        rows.append(f"| {v.get('without') or 'nothing'} | {v['bytes']:,} | {v['error']:.2f} | {v['validation_error']:.2f} | {widths} |")
+    """What LeNets lose at the same bytes when one thing is left out; of runs repeated with the same seed the latest counts."""
+    rows = ["| network | without | file, bytes | test error, % | validation error, % | hidden units |", "|" + "---|" * 6]
+    for network, whole in (("LeNet-5", (750, "trellis", 40)), ("LeNet-300-100", (2500, "trellis", 100))):
+        left_out: dict[str, dict[int, dict]] = {"nothing": {v["seed"]: v for v in lenet_groups(network)[whole]}}
+        for v in read_results("lenet5_ablation"):
+            if v["task"] == f"{network} on MNIST":
+                left_out.setdefault(v["without"], {})[v["seed"]] = v
+        for without, by_seed in left_out.items():
+            lines = [by_seed[seed] for seed in sorted(by_seed)]
+            errors = [", ".join(f"{v[key]:.2f}" for v in lines) for key in ("error", "validation_error")]
+            widths = ", ".join("-".join(str(w) for w in v["widths"].values()) for v in lines)
+            rows.append(f"| {network} | {without} | {max(v['bytes'] for v in lines):,} | {errors[0]} | {errors[1]} | {widths} |")
     return "\n".join(rows)
 
 
