@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ class Reconstruction:
 
     def __init__(self, model: nn.Module, batches: list[Any]):
         self.model, self.batches = model, batches
-        self.float = copy.deepcopy(model).eval()
+        self.float = copy.deepcopy(model).eval() if batches else model  # without inputs nothing is held against it
         self.lam = 1.0
         self.kl_bits: dict[str, float] = {}  # that each tensor is going to have when it is coded
         self.owner = _owners(model)
@@ -85,16 +85,26 @@ class Reconstruction:
         for p in held.values():
             p.per_unit = p.mean.dim() > 1
 
+        corrected = {name: name in self.owner and p.mean.dim() > 1 for name, p in held.items()}
+        sampled = {
+            name: _Sampled(p, trained[name], self._precision[name], corrected=corrected[name])
+            for name, p in held.items() if p.mean.numel() > _SAMPLE
+        }  # fmt: skip
+        small = [name for name in held if name not in sampled]
+
+        def put(lam: float, names: Iterable[str]) -> None:
+            for name in names:
+                _set(held[name], trained[name], lam * self._precision[name], corrected=corrected[name])
+
         def spent(lam: float) -> float:
-            for name, p in held.items():
-                _set(p, trained[name], lam * self._precision[name], corrected=name in self.owner and p.mean.dim() > 1)
-            return sum(float(p.kl()) for p in held.values()) / NATS_PER_BIT
+            put(lam, small)
+            return (sum(float(held[name].kl()) for name in small) + sum(v.kl(lam) for v in sampled.values())) / NATS_PER_BIT
 
         low, high = 1e-6, 1e12
         while high / low > 1.0001:
             middle = math.sqrt(low * high)
             low, high = (low, middle) if spent(middle) > kl_bits else (middle, high)
-        spent(low)
+        put(low, held)
         self.lam = low
 
     @torch.no_grad()
@@ -225,21 +235,55 @@ def _owners(model: nn.Module) -> dict[str, str]:
     return {name: modules[0] for name, modules in found.items() if len(modules) == 1 and modules[0]}
 
 
+def _largest_variance(p: Posterior, weights: Tensor, *, corrected: bool) -> Tensor:
+    """Of the prior of each group of weights, if they carried no noise."""
+    rows = weights.flatten(1) if p.per_unit else weights.reshape(1, -1)
+    shape = _group_shape(p, weights)
+    square, largest = rows.square().mean(1).reshape(shape), rows.abs().amax(1).reshape(shape)
+    factor, farthest = (_PRIOR, _FARTHEST) if corrected else (1.0, _FARTHEST_ELSEWHERE)
+    return torch.maximum(factor * square, (largest / farthest).square()).clamp_min(_LEAST)
+
+
+def _group_shape(p: Posterior, weights: Tensor) -> list[int]:
+    return [-1 if p.per_unit else 1, *[1] * weights.dim()][: weights.dim()]
+
+
+def _mean_noise(p: Posterior, weights: Tensor, precision: Tensor) -> Tensor:
+    """Mean of 1 / `precision` over each group of weights."""
+    noise = precision.reciprocal().expand_as(weights)
+    return (noise.flatten(1).mean(1) if p.per_unit else noise.mean()).reshape(_group_shape(p, weights))
+
+
 @torch.no_grad()
 def _set(p: Posterior, weights: Tensor, precision: Tensor, *, corrected: bool) -> None:
     """Posterior and prior of one tensor, where noise of variance 1 / `precision` may be added to each weight."""
-    rows = weights.flatten(1) if p.per_unit else weights.reshape(1, -1)
-    shape = [-1 if p.per_unit else 1, *[1] * weights.dim()][: weights.dim()]
-    square, largest = rows.square().mean(1).reshape(shape), rows.abs().amax(1).reshape(shape)
-    factor, farthest = (_PRIOR, _FARTHEST) if corrected else (1.0, _FARTHEST_ELSEWHERE)
-    variance = torch.maximum(factor * square, (largest / farthest).square()).clamp_min(_LEAST)
-    noise = precision.reciprocal().expand_as(weights)
-    ratio = (noise.flatten(1).mean(1).reshape(shape) if p.per_unit else noise.mean().reshape(shape)) / variance
+    variance = _largest_variance(p, weights, corrected=corrected)
+    ratio = _mean_noise(p, weights, precision) / variance
     prior = variance * (1.0 - ratio.clamp(1e-12, _LARGEST_RATIO))
     var = 1.0 / (precision + 1.0 / prior)
     p.mean.copy_(weights * (1.0 - var / prior))
     p.log_std.copy_((0.5 * var.log()).expand_as(weights))
     p.freeze_prior(prior.sqrt())
+
+
+class _Sampled:
+    """The KL that `_set` would give a large tensor, estimated from some of its weights."""
+
+    def __init__(self, p: Posterior, weights: Tensor, precision: Tensor, *, corrected: bool):
+        generator = torch.Generator().manual_seed(0)
+        some = torch.randint(weights.numel(), (_SAMPLE,), generator=generator, device="cpu").to(weights.device)
+        at = torch.unravel_index(some, weights.shape)
+        variance, noise = _largest_variance(p, weights, corrected=corrected), _mean_noise(p, weights, precision)
+        found = [v.expand_as(weights)[at].double() for v in (weights, precision, variance, noise)]
+        self.weights, self.precision, self.variance, self.noise = found
+        self.share = _SAMPLE / weights.numel()
+
+    def kl(self, lam: float) -> float:
+        """Nats, at `lam` times the precision."""
+        prior = self.variance * (1.0 - (self.noise / lam / self.variance).clamp(1e-12, _LARGEST_RATIO))
+        var = 1.0 / (lam * self.precision + 1.0 / prior)
+        square = (self.weights * (1.0 - var / prior)).square()
+        return float(0.5 * ((var + square) / prior - 1.0 + (prior / var).log()).sum()) / self.share
 
 
 def _match(p: Posterior, precision: Tensor, kl_bits: float | None) -> None:

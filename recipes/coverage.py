@@ -112,6 +112,8 @@ def check(name: str) -> dict[str, object]:
         torch.manual_seed(0)
         wanted = tensors_of(bnn.eval()(*arguments))
     state = {n: t for n, t in net.state_dict().items() if any(e.name == n for e in bnn.conversion.of_kind("raw"))}
+    raw_bytes = bnn.conversion.raw_bytes
+    del bnn, net  # two of the largest networks would not fit beside each other
     with tempfile.TemporaryDirectory() as folder:
         size = miracle_ban.save(archive, Path(folder) / "net.mban")
         fresh, _ = build(name)
@@ -132,7 +134,7 @@ def check(name: str) -> dict[str, object]:
     )
     finite = all(bool(torch.isfinite(t).all()) for t in found if t.is_floating_point())
     return {
-        "model": name, "weights": weights, "float_bytes": 4 * weights, "bytes": size, "raw_bytes": bnn.conversion.raw_bytes,
+        "model": name, "weights": weights, "float_bytes": 4 * weights, "bytes": size, "raw_bytes": raw_bytes,
         "convert_s": round(converted, 2), "encode_s": round(encoded, 1), "load_s": round(loaded, 2), "convert_mib": round(megabytes),
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "same_outputs": same, "finite": finite,
         "problems": problems[:5],

@@ -17,7 +17,7 @@ from miracle_ban.container import parse
 from miracle_ban.errors import MiracleError, MiracleWarning
 from miracle_ban.inputs import batches_of, made_for
 from miracle_ban.layers import posteriors, use_mode
-from miracle_ban.reconstruct import Reconstruction, _conjugate_gradients, _joined, _parts, _rows
+from miracle_ban.reconstruct import _SAMPLE, Reconstruction, _conjugate_gradients, _joined, _parts, _rows
 
 
 class Normed(nn.Module):
@@ -120,6 +120,17 @@ def test_the_kl_is_the_one_that_was_asked_for(normed, bits):
     assert float(kl(bnn)) / NATS_PER_BIT == pytest.approx(bits, rel=0.01)
     found.plan(bits)
     assert sum(found.kl_bits.values()) == pytest.approx(bits, rel=0.1)
+
+
+def test_the_kl_of_large_tensors_is_found_from_a_sample():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 1200), nn.ReLU(), nn.Linear(1200, 5))
+    with torch.no_grad():
+        net[0].weight.mul_(torch.linspace(0.1, 10, 64)).mul_(torch.rand(1200, 1) + 0.1)  # columns and rows of many sizes
+    assert net[0].weight.numel() > _SAMPLE
+    bnn = convert(net, per_unit=True)
+    Reconstruction(bnn, [torch.randn(64, 64) * torch.linspace(3, 0.2, 64)]).allocate(50_000.0)
+    assert float(kl(bnn)) / NATS_PER_BIT == pytest.approx(50_000.0, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c", "out"])
