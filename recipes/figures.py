@@ -20,7 +20,7 @@ from lines import INR_SETS, LEVEL_NAMES, NNCODEC, PUBLISHED, RECOMBINER, RESNETS
 
 def lenet_plot(path: Path) -> None:
     """Test error of LeNet-5 against the size of its file: every seed, medians, and every published point."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 4), layout="constrained")
     groups = [v for (_, coder, _), v in sorted(lenet_groups().items()) if coder == "trellis"]
     every = [(v["bytes"], v["error"]) for own in groups for v in own]
     middle = [(max(v["bytes"] for v in own), median(v["error"] for v in own)) for own in groups]
@@ -31,7 +31,7 @@ def lenet_plot(path: Path) -> None:
     axis.set(xscale="log", xlabel="bytes", ylabel="test error, %", title="LeNet-5 on MNIST")
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.grid(alpha=0.25, which="both")
-    axis.legend(frameon=False, fontsize=7)
+    figure.legend(loc="outside right", frameon=False, fontsize=8)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

@@ -43,7 +43,10 @@ def overview() -> str:
     resnet = min((v for v in resnet_runs(20) if v["float_top1"] - v["top1"] <= 1.0), key=lambda v: v["bytes"])
     contexts = {(v["task"], v["context"], v["kind"]): v for v in read_results("ban_contexts")}
     special = [v["share"] for (task, _, kind), v in contexts.items() if task == "digits" and kind == "specialised"]
-    digits_seconds = max((v.get("seconds_so_far", 0.0) for (task, *_), v in contexts.items() if task == "digits"), default=None)
+    digits_seconds = max(
+        (v.get("seconds_so_far", 0.0) for (task, _, kind), v in contexts.items() if task == "digits" and kind == "specialised"),
+        default=None,
+    )
     text = {(v["coded"], v["attention"]): v for v in read_results("ban_text")}.values()
     text_seconds = next((v["train_seconds"] for v in text if v["attention"] == "on" and "train_seconds" in v), None)
     length = sum(v["bytes"] for v in text if v["attention"] == "on")
@@ -120,14 +123,14 @@ def lenet_seeds() -> str:
 
 
 def ablation_table() -> str:
-    """What LeNets lose at the same bytes when one thing is left out; of runs repeated with the same seed the latest counts."""
-    rows = ["| network | without | file, bytes | test error, % | validation error, % | hidden units |", "|" + "---|" * 6]
+    """LeNets at the same bytes with other settings; of runs repeated with the same seed the latest counts."""
+    rows = ["| network | other settings | file, bytes | test error, % | validation error, % | hidden units |", "|" + "---|" * 6]
     for network, whole in (("LeNet-5", (750, "trellis", 40)), ("LeNet-300-100", (2500, "trellis", 100))):
-        left_out: dict[str, dict[int, dict]] = {"nothing": {v["seed"]: v for v in lenet_groups(network)[whole]}}
+        settings: dict[str, dict[int, dict]] = {"none": {v["seed"]: v for v in lenet_groups(network)[whole]}}
         for v in read_results("lenet5_ablation"):
             if v["task"] == f"{network} on MNIST":
-                left_out.setdefault(v["without"], {})[v["seed"]] = v
-        for without, by_seed in left_out.items():
+                settings.setdefault(v["without"], {})[v["seed"]] = v
+        for without, by_seed in settings.items():
             lines = [by_seed[seed] for seed in sorted(by_seed)]
             errors = [", ".join(f"{v[key]:.2f}" for v in lines) for key in ("error", "validation_error")]
             widths = ", ".join("-".join(str(w) for w in v["widths"].values()) for v in lines)
