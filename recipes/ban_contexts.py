@@ -38,6 +38,7 @@ from lenet5_mnist import BATCH, DISTORTION, INPUT_MEAN, INPUT_STD, LeNet5, train
 Data = dict[str, tuple[Tensor, Tensor]]
 STEP = 0.8  # from one budget to the next
 WITHIN = 0.1  # points of error
+LEAST = 61  # bytes of the smallest budget
 
 TASKS: dict[str, dict[str, Any]] = {
     "digits": {
@@ -168,7 +169,7 @@ class Experiment:
     def smallest(self, kind: str, context: str, bnn: nn.Module | None, target: float, first: float) -> Path | None:
         """The smallest package on a ladder of budgets from `first` on, down or up, whose validation error is at most `target`."""
         own, best, budget = restricted(self.data, self.contexts[context]), None, first
-        while 60 < budget <= 1.01 * self.general_bytes:
+        while LEAST <= budget <= 1.01 * self.general_bytes:
             path = self.package(kind, context, round(budget), bnn)
             if self.args.smoke:
                 return path
@@ -209,7 +210,7 @@ class Experiment:
                         self.report(kind, context, general_path, self.measured(general_path, own), general, bits, reached=False)
                 else:
                     self.report(kind, context, path, self.measured(path, own), general, bits)
-                    first = max(61.0, path.stat().st_size / 1.25)
+                    first = max(LEAST, path.stat().st_size / 1.25)
         if not self.args.smoke:
             contexts = {name: batches_of(restricted(self.data, self.contexts[name])) for name in self.contexts}
             contexts = {"all": batches_of(self.data), **contexts}
