@@ -254,13 +254,22 @@ def _mean_noise(p: Posterior, weights: Tensor, precision: Tensor) -> Tensor:
     return (noise.flatten(1).mean(1) if p.per_unit else noise.mean()).reshape(_group_shape(p, weights))
 
 
+def _prior_and_variance(largest: Tensor, noise: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances of prior and posterior."""
+    prior = largest * (1.0 - (noise / largest).clamp(1e-12, _LARGEST_RATIO))
+    return prior, 1.0 / (precision + 1.0 / prior)
+
+
+def _kl_nats(square: Tensor, var: Tensor, prior: Tensor) -> Tensor:
+    """KL of each weight, from the square of its mean."""
+    return 0.5 * ((var + square) / prior - 1.0 + (prior / var).log())
+
+
 @torch.no_grad()
 def _set(p: Posterior, weights: Tensor, precision: Tensor, *, corrected: bool) -> None:
     """Posterior and prior of one tensor, where noise of variance 1 / `precision` may be added to each weight."""
     variance = _largest_variance(p, weights, corrected=corrected)
-    ratio = _mean_noise(p, weights, precision) / variance
-    prior = variance * (1.0 - ratio.clamp(1e-12, _LARGEST_RATIO))
-    var = 1.0 / (precision + 1.0 / prior)
+    prior, var = _prior_and_variance(variance, _mean_noise(p, weights, precision), precision)
     p.mean.copy_(weights * (1.0 - var / prior))
     p.log_std.copy_((0.5 * var.log()).expand_as(weights))
     p.freeze_prior(prior.sqrt())
@@ -280,10 +289,8 @@ class _Sampled:
 
     def kl(self, lam: float) -> float:
         """Nats, at `lam` times the precision."""
-        prior = self.variance * (1.0 - (self.noise / lam / self.variance).clamp(1e-12, _LARGEST_RATIO))
-        var = 1.0 / (lam * self.precision + 1.0 / prior)
-        square = (self.weights * (1.0 - var / prior)).square()
-        return float(0.5 * ((var + square) / prior - 1.0 + (prior / var).log()).sum()) / self.share
+        prior, var = _prior_and_variance(self.variance, self.noise / lam, lam * self.precision)
+        return float(_kl_nats((self.weights * (1.0 - var / prior)).square(), var, prior).sum()) / self.share
 
 
 def _match(p: Posterior, precision: Tensor, kl_bits: float | None) -> None:
@@ -301,7 +308,7 @@ def _match(p: Posterior, precision: Tensor, kl_bits: float | None) -> None:
 
     def kl(factor: float) -> float:
         var = 1.0 / (factor * own + 1.0 / own_prior)
-        return float(0.5 * ((var + square) / own_prior - 1.0 + (own_prior / var).log()).sum())
+        return float(_kl_nats(square, var, own_prior).sum())
 
     low, high = 1e-3, 1e3
     while high / low > 1.001:

@@ -148,12 +148,12 @@ def main() -> None:
 
     bnn = miracle_ban.convert(net)
     refine_distortion = args.distortion if args.refine_distortion is None else args.refine_distortion
-    examples = [Scored(own, net) if args.distil else own for own in map(batches, (args.distortion, refine_distortion))]
+    fitting, refining = (Scored(own, net) if args.distil else own for own in map(batches, (args.distortion, refine_distortion)))
     loss = distilled(args.distil) if args.distil else F.cross_entropy
     started = time.monotonic()
     report = miracle_ban.fit(
         bnn,
-        examples[0],
+        fitting,
         loss,
         budget=args.budget,
         epochs=args.epochs,
@@ -168,7 +168,7 @@ def main() -> None:
         return
     archive = miracle_ban.encode(
         bnn,
-        examples[1],
+        refining,
         loss,
         coder=args.coder,
         seed=args.seed,

@@ -29,7 +29,7 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -465,11 +465,15 @@ class Outcomes:
 # --- the two engines ---
 
 
+def bodies(files: Iterable[pathlib.Path]) -> list[bytes]:
+    """What is in files that are not too large, without magic and checksum."""
+    return [p.read_bytes()[8:] for p in sorted(files) if p.stat().st_size <= LARGEST]
+
+
 def seeds(folder: pathlib.Path | None) -> list[bytes]:
     """Bodies to begin with: the golden files, whatever small ones are pretrained, and the corpus of earlier runs."""
     files = [*(FOLDER / "golden").glob("*.mban"), *(FOLDER.parent / "pretrained").glob("*.mban")]
-    bodies = [p.read_bytes()[8:] for p in sorted(files) if p.stat().st_size <= LARGEST]
-    return bodies + ([p.read_bytes() for p in sorted((folder / "corpus").glob("*"))] if folder is not None else [])
+    return bodies(files) + ([p.read_bytes() for p in sorted((folder / "corpus").glob("*"))] if folder is not None else [])
 
 
 def own(outcomes: Outcomes, executions: int, seed: int) -> None:

@@ -51,8 +51,8 @@ def test_the_fuzzer_finds_what_is_planted(monkeypatch, capsys):
     def wrong(record, live):
         return right(record, live) + 0 // (len(record.prior_codes) - 5)  # five units with scales of their own are too many for it
 
-    golden = [p.read_bytes()[8:] for p in sorted(GOLDEN.glob("*.mban")) if p.stat().st_size <= fuzz.LARGEST]
-    monkeypatch.setattr(fuzz, "seeds", lambda _: list(golden))  # not what is pretrained: whether it is found would hang on that
+    golden = fuzz.bodies(GOLDEN.glob("*.mban"))  # not what is pretrained: whether it is found would hang on that
+    monkeypatch.setattr(fuzz, "seeds", lambda _: list(golden))
     monkeypatch.setattr(fuzz.container, "live_count", wrong)
     outcomes = fuzz.Outcomes(None, fuzz.decode_target)
     fuzz.own(outcomes, 1500, seed=0)
