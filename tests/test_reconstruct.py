@@ -177,10 +177,10 @@ def test_the_means_are_the_minimum_of_error_and_prior(normed):
     r = found._regressions["a.weight"]
     weight = torch.where(p.fixed, p.value, p.mean).detach().requires_grad_(True)
     w = _parts(normed.a, weight)
-    objective = 0.5 * r.precision * ((w @ r.h * w).sum() - 2 * (w * r.goal).sum()) + (0.5 * weight.square() / p.prior_std.square()).sum()
+    objective = 0.5 * (r.precision * (w @ r.h * w - 2 * w * r.goal)).sum() + (0.5 * weight.square() / p.prior_std.square()).sum()
     (gradient,) = torch.autograd.grad(objective, weight)
     start = torch.where(p.fixed, p.value, posteriors(found.float)["a.weight"].mean).detach()
-    scale = r.precision * (_parts(normed.a, start) @ r.h - r.goal).abs().mean()
+    scale = (r.precision * (_parts(normed.a, start) @ r.h - r.goal)).abs().mean()
     assert gradient[~p.fixed].abs().max() < 1e-2 * scale
 
 
