@@ -31,7 +31,7 @@ from .convert import conversion
 from .errors import MiracleError
 from .layers import Posterior, posteriors, use_mode
 
-_PRIOR = 2.0  # variance of the prior over that of the weights: the corrections make them larger
+_PRIOR = 1.5  # variance of the prior over that of the weights: the corrections make them larger
 _FARTHEST, _FARTHEST_ELSEWHERE = 5.0, 3.3  # prior stds that a weight may be away from zero, in corrected layers and in other tensors
 _LARGEST_RATIO = 0.999  # noise over variance
 _LEAST = 1e-12
@@ -73,6 +73,7 @@ class Reconstruction:
     def __init__(self, model: nn.Module, batches: list[Any]):
         self.model, self.batches = model, batches
         self.float = copy.deepcopy(model).eval() if batches else model  # without inputs nothing is held against it
+        self.trained = {name: p.mean.detach() if batches else p.mean.detach().clone() for name, p in posteriors(self.float).items()}
         self.lam = 1.0
         self.kl_bits: dict[str, float] = {}  # that each tensor is going to have when it is coded
         self.owner = _owners(model)
@@ -85,20 +86,19 @@ class Reconstruction:
     def allocate(self, kl_bits: float) -> None:
         """Set all posteriors and priors so that their KL is `kl_bits` and every weight of a layer adds the same share of noise."""
         held = {name: p for name, p in posteriors(self.model).items() if p.mean.numel()}
-        trained = {name: p.mean.detach().clone() for name, p in held.items()}
         for p in held.values():
             p.per_unit = p.mean.dim() > 1
 
         corrected = {name: name in self.owner and p.mean.dim() > 1 for name, p in held.items()}
         sampled = {
-            name: _Sampled(p, trained[name], self._precision[name], corrected=corrected[name])
+            name: _Sampled(p, self.trained[name], self._precision[name], corrected=corrected[name])
             for name, p in held.items() if p.mean.numel() > _SAMPLE
         }  # fmt: skip
         small = [name for name in held if name not in sampled]
 
         def put(lam: float, names: Iterable[str]) -> None:
             for name in names:
-                _set(held[name], trained[name], lam * self._precision[name], corrected=corrected[name])
+                _set(held[name], self.trained[name], lam * self._precision[name], corrected=corrected[name])
 
         def spent(lam: float) -> float:
             put(lam, small)
@@ -134,10 +134,9 @@ class Reconstruction:
     @torch.no_grad()
     def unshrink(self) -> None:
         """Put the means of the weights that will be solved for back to the float network's, now that their KL is known."""
-        trained = posteriors(self.float)
         for name, p in posteriors(self.model).items():
             if name in self.owner:
-                p.mean.copy_(torch.where(p.fixed, p.mean, trained[name].mean))
+                p.mean.copy_(torch.where(p.fixed, p.mean, self.trained[name]))
 
     def _measure(self) -> dict[str, Tensor]:
         """The precision, for `lam` 1, that each weight is worth: its input's variance over `output`.
@@ -180,7 +179,7 @@ class Reconstruction:
             p.mean.add_((self._mean_output(self.float, module) - self._mean_output(self.model, module)).to(p.mean))
             _match(p, (self.lam / self.output[module]).to(p.mean), kl_bits)
             return
-        trained = _parts(layer, posteriors(self.float)[name].mean)
+        trained = _parts(layer, self.trained[name])
         h, c = self._products(module, centred=self._has_bias(module))
         damping = _DAMPING * h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + _LEAST
         damping = damping * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)

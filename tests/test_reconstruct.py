@@ -184,6 +184,35 @@ def test_the_means_are_the_minimum_of_error_and_prior(normed):
     assert gradient[~p.fixed].abs().max() < 1e-2 * scale
 
 
+def test_the_worth_of_a_weight_is_the_error_that_the_others_cannot_repair(normed):
+    bnn = convert(normed, per_unit=True)
+    found = Reconstruction(bnn, [images(200)])
+    found.allocate(6000.0)
+    found.begin("b.weight", None)
+    r, p = found._regressions["b.weight"], posteriors(bnn)["b.weight"]
+    ridge = found._prior_ridge(p, normed.b, r.precision).median()
+    for h, worth in zip(r.h, r.worth[:, 0], strict=True):
+        h = h.double() + ridge * torch.eye(len(h))
+        for i in range(0, len(h), 7):
+            others = torch.arange(len(h)) != i
+            repaired = h[i, others] @ torch.linalg.solve(h[others][:, others], h[others, i])
+            assert float(worth[i]) == pytest.approx(float(h[i, i] - repaired - ridge), rel=1e-3)
+            assert worth[i] < h[i, i]
+
+
+def test_noise_is_held_against_channel_and_layer(normed):
+    x = images(200)
+    with torch.no_grad():
+        normed.out.weight[0] *= 10
+        normed.out.weight[1] *= 0  # a dead output is taken for a small one
+    found = Reconstruction(convert(normed, per_unit=True), [x])
+    with torch.no_grad():
+        variance = normed(x).var(0, unbiased=False)
+    layer = variance.mean()
+    expected = (layer * variance.clamp_min(0.01 * layer)).sqrt()
+    assert torch.allclose(found.output["out"], expected, rtol=1e-4)
+
+
 def test_later_parts_make_up_for_earlier_ones(normed):
     """Noise put into half of a layer's weights does less to its outputs once the other half has answered."""
     x = images(200)
