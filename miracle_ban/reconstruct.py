@@ -248,8 +248,9 @@ def _owners(model: nn.Module) -> dict[str, str]:
     for module_name, module in model.named_modules(remove_duplicate=False):
         held = module._modules.get("posterior")
         for own, p in dict(held.named_children()).items() if held is not None else ():
-            fits = isinstance(module, _CORRECTED) if own == "weight" else isinstance(module, (*_CHANNELS_LAST, *_CHANNELS_FIRST))
-            found.setdefault(str(p.name), []).append(module_name if own in ("weight", "bias") and fits else "")
+            channels = p.mean.dim() == 1 and isinstance(module, (*_CHANNELS_LAST, *_CHANNELS_FIRST))
+            fits = {"weight": isinstance(module, _CORRECTED), "bias": channels}.get(own, False)
+            found.setdefault(str(p.name), []).append(module_name if fits else "")
     return {name: modules[0] for name, modules in found.items() if len(modules) == 1 and modules[0]}
 
 

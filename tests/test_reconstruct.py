@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 
@@ -120,6 +121,22 @@ def test_the_kl_is_the_one_that_was_asked_for(normed, bits):
     assert float(kl(bnn)) / NATS_PER_BIT == pytest.approx(bits, rel=0.01)
     found.plan(bits)
     assert sum(found.kl_bits.values()) == pytest.approx(bits, rel=0.1)
+
+
+def test_norms_over_several_axes_are_packaged():
+    """Their biases have no axis of channels."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.LayerNorm((8, 16, 16)), nn.Conv2d(8, 8, 3, groups=4), nn.GroupNorm(2, 8), nn.LayerNorm(14)
+    )
+    with torch.no_grad():
+        net[1].bias.normal_()
+    x = torch.randn(8, 3, 16, 16)
+    archive = compress(net, budget=6000, inputs=x, coder="trellis", progress=False)
+    loaded = copy.deepcopy(net)
+    loaded.load_state_dict(decode(archive, loaded))
+    with torch.no_grad():
+        assert float((loaded(x) - net(x)).square().mean()) < 0.1 * float(net(x).var())
 
 
 def test_the_kl_of_large_tensors_is_found_from_a_sample():
