@@ -8,6 +8,7 @@ Leans on `train`, `plan` and the two kinds of `packing`.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -116,6 +117,8 @@ def encode(
     progress = progress and distributed.rank() == 0
     if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise CodingError(f"seed must be an integer from 0 to 2^64 - 1, not {seed!r}")
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise CodingError(f"learning_rate must be positive, not {learning_rate}")
     if block_bits is not None and not block_bits > 0:
         raise CodingError(f"block_bits must be positive, not {block_bits}")
     device = next(model.parameters()).device

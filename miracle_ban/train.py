@@ -203,6 +203,8 @@ def fit(
     started = time.monotonic()
     if not (math.isfinite(epochs) and epochs > 0 and math.isfinite(learning_rate) and learning_rate > 0):
         raise MiracleError(f"epochs and learning_rate must be positive, not {epochs} and {learning_rate}")
+    if not (math.isfinite(beta) and beta >= 0):
+        raise MiracleError(f"beta must be zero or positive, not {beta}")
     links = conversion(model).links
     device = next(model.parameters()).device
     progress = progress and distributed.rank() == 0

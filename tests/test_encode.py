@@ -163,6 +163,12 @@ def test_other_seeds_are_refused(bnn, seed):
         encode(bnn, seed=seed, **QUIET)
 
 
+@pytest.mark.parametrize("rate", [0.0, -1e-3, float("nan"), float("inf")])
+def test_rates_that_make_no_sense_are_refused(bnn, rate):
+    with pytest.raises(MiracleError, match="learning_rate must be positive"):
+        encode(bnn, learning_rate=rate, **QUIET)
+
+
 def test_names_are_optional(bnn, fitted):
     bare = encode(bnn, names=False, budget="1 MB", **QUIET)
     named = encode(copy.deepcopy(fitted[0]), names=True, budget="1 MB", **QUIET)

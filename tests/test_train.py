@@ -276,8 +276,10 @@ def test_a_step_of_steering_is_at_most_its_gain():
 
 
 @pytest.mark.parametrize(
-    "options", [{"epochs": 0}, {"epochs": -1}, {"epochs": float("nan")}, {"learning_rate": 0}, {"num_examples": 0}, {"num_examples": -5}]
-)
+    "options",
+    [{"epochs": 0}, {"epochs": -1}, {"epochs": float("nan")}, {"learning_rate": 0}, {"num_examples": 0}, {"num_examples": -5},
+     {"beta": -1.0}, {"beta": float("nan")}],
+)  # fmt: skip
 def test_numbers_that_make_no_sense_are_refused(options):
     bnn = convert(nn.Linear(3, 2))
     with pytest.raises(MiracleError, match="must be"):
