@@ -36,7 +36,7 @@ _FARTHEST, _FARTHEST_ELSEWHERE = 5.0, 3.3  # prior stds that a weight may be awa
 _LARGEST_RATIO = 0.999  # noise over variance
 _LEAST = 1e-12
 _LARGEST_PART_OF_KL = 1.5  # that a tensor may have in the rehearsal
-_DAMPING = 0.1  # of H, relative to its mean diagonal
+_DAMPING, _FLOOR = 0.1, 0.01  # of H, relative to its diagonal (so that the unit of an input hardly matters) and to the mean of that
 _LEAST_CHANNEL = 0.01  # variance that an output channel is taken to have, relative to the mean of its layer's
 _TYPICAL_INPUTS = 256.0  # of a layer, where no layer was seen
 _FIRST_STEPS, _STEPS = 30, 8  # of conjugate gradients: from the trained weights, from the solution before
@@ -181,13 +181,13 @@ class Reconstruction:
             return
         trained = _parts(layer, self.trained[name])
         h, c = self._products(module, centred=self._has_bias(module))
-        damping = _DAMPING * h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + _LEAST
-        damping = damping * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
+        variance = h.diagonal(dim1=1, dim2=2)
+        damping = torch.diag_embed(_DAMPING * variance + _FLOOR * variance.mean(1, keepdim=True) + _LEAST)
         h, c = h + damping, c + damping
         precision = (self.lam / self.output[module]).reshape(_groups(layer), -1, 1)
         ridge = float(self._prior_ridge(p, layer, precision).median())
-        inverse = torch.linalg.inv(h + ridge * torch.eye(h.shape[1], dtype=h.dtype, device=h.device))
-        worth = (inverse.diagonal(dim1=1, dim2=2).reciprocal() - ridge).clamp_min(_LEAST)[:, None, :]
+        inverse = _inverse_diagonal(h + ridge * torch.eye(h.shape[1], dtype=h.dtype, device=h.device))
+        worth = (inverse.reciprocal() - ridge).clamp_min(_LEAST)[:, None, :]
         self._regressions = {name: _Regression(h, trained @ c, precision, worth)}
         self._solve(name, kl_bits, _FIRST_STEPS)
 
@@ -349,6 +349,13 @@ def _conjugate_gradients(apply: Callable[[Tensor], Tensor], goal: Tensor, x: Ten
         before, size = size, (residual * z).sum(-1, keepdim=True)
         direction = z + size / (before + 1e-30) * direction
     return x
+
+
+def _inverse_diagonal(matrices: Tensor) -> Tensor:
+    """Diagonals of the inverses of symmetric matrices; by Cholesky's factors, in half the time, unless rounding left one not positive."""
+    factors, failed = torch.linalg.cholesky_ex(matrices)
+    inverses = torch.linalg.inv(matrices) if failed.any() else torch.cholesky_inverse(factors)
+    return inverses.diagonal(dim1=1, dim2=2)
 
 
 def _groups(layer: nn.Module) -> int:

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lines import INR_SETS, LEVEL_NAMES, NNCODEC, PUBLISHED, RECOMBINER, RESNETS, inr_runs, lenet_groups, read_results, resnet_runs
+from lines import INR_SETS, LEVEL_NAMES, NNCODEC, PUBLISHED, RECOMBINER, RESNETS, inr_runs, lenet_groups, read_results, resnet_groups
 
 
 def lenet_plot(path: Path) -> None:
@@ -41,7 +41,8 @@ def resnet_plot(path: Path) -> None:
     figure, axes = plt.subplots(1, len(RESNETS), figsize=(10, 4), sharey=True)
     for axis, depth in zip(axes, RESNETS, strict=True):
         for level, name in LEVEL_NAMES.items():
-            points = sorted((v["bytes"] / 1000, v["agreement"]) for v in resnet_runs(depth) if v["level"] == level)
+            own = [lines for (at, _), lines in resnet_groups(depth).items() if at == level]
+            points = sorted((max(v["bytes"] for v in lines) / 1000, median(v["agreement"] for v in lines)) for lines in own)
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", label=f"miracle_ban, from {name}")
         axis.plot(*zip(*sorted((b / 1000, a) for b, _, a in NNCODEC[depth]), strict=True), "s--", color="gray", label="NNCodec 2.1.3")

@@ -52,10 +52,13 @@ def lenet_groups(network: str = "LeNet-5") -> dict[tuple[int, str, float], list[
     return groups
 
 
-def resnet_runs(depth: int) -> list[dict[str, Any]]:
-    """Result lines of one ResNet, by level and size; of runs repeated with the same command the latest counts."""
+def resnet_groups(depth: int) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Result lines of one ResNet by (level, budget), a line for each seed; of runs repeated with the same command the latest counts."""
     latest = {v["command"]: v for v in read_results("resnet_cifar10") if v["task"].startswith(f"ResNet-{depth} ")}
-    return sorted(latest.values(), key=lambda v: (list(LEVEL_NAMES).index(v["level"]), -v["bytes"], v["seed"]))
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for line in sorted(latest.values(), key=lambda v: (list(LEVEL_NAMES).index(v["level"]), -v["budget"], v["seed"])):
+        groups.setdefault((line["level"], line["budget"]), []).append(line)
+    return groups
 
 
 def inr_runs(task: str) -> list[dict[str, Any]]:

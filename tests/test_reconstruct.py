@@ -18,7 +18,7 @@ from miracle_ban.container import parse
 from miracle_ban.errors import MiracleError, MiracleWarning
 from miracle_ban.inputs import batches_of, made_for
 from miracle_ban.layers import posteriors, use_mode
-from miracle_ban.reconstruct import _SAMPLE, Reconstruction, _conjugate_gradients, _joined, _parts, _rows
+from miracle_ban.reconstruct import _SAMPLE, Reconstruction, _conjugate_gradients, _inverse_diagonal, _joined, _parts, _rows
 
 
 class Normed(nn.Module):
@@ -215,6 +215,37 @@ def test_the_worth_of_a_weight_is_the_error_that_the_others_cannot_repair(normed
             repaired = h[i, others] @ torch.linalg.solve(h[others][:, others], h[others, i])
             assert float(worth[i]) == pytest.approx(float(h[i, i] - repaired - ridge), rel=1e-3)
             assert worth[i] < h[i, i]
+
+
+@pytest.mark.parametrize("least", [1e-3, -1e-3])
+def test_diagonals_of_inverses_also_where_rounding_left_a_matrix_not_positive(least):
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(2, 20, 20, dtype=torch.float64))[0]
+    matrices = basis @ torch.diag(torch.cat([torch.linspace(1.0, 2.0, 19), torch.tensor([least])]).double()) @ basis.mT
+    assert torch.allclose(_inverse_diagonal(matrices), torch.linalg.inv(matrices).diagonal(dim1=1, dim2=2), rtol=1e-9)
+
+
+def test_the_unit_that_an_input_is_measured_in_hardly_matters():
+    """An input that is a fifth as large, with weights five times as large, makes up for the others' errors almost alike."""
+    torch.manual_seed(0)
+    mixed = torch.randn(256, 6) @ torch.randn(6, 6)
+    made_up = []
+    for unit in (torch.ones(6), torch.tensor([0.2, 1.0, 1.0, 1.0, 1.0, 1.0])):
+        net = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 4))
+        weight = torch.linspace(-1, 1, 24).reshape(4, 6)
+        with torch.no_grad():
+            net[0].weight.copy_(weight / unit)
+        bnn = convert(net)
+        found = Reconstruction(bnn, [mixed * unit])
+        found.allocate(1000.0)
+        found.begin("0.weight", None)
+        p = posteriors(bnn)["0.weight"]
+        others = torch.arange(24).reshape(4, 6)[:, 1:].flatten()
+        p.fix(others, (weight / unit).flatten()[others] + 0.1)
+        found.update("0.weight", 100.0)
+        made_up.append((p.mean.detach() * unit - weight)[:, 0])
+    assert made_up[0].abs().min() > 0.01
+    assert torch.allclose(*made_up, rtol=0.25)
 
 
 def test_noise_is_held_against_channel_and_layer(normed):
