@@ -40,7 +40,10 @@ def overview() -> str:
     lenet = [v for group in lenet_groups().values() for v in group]
     smallest = min(lenet, key=lambda v: v["budget"])["budget"]
     own = next(group for (budget, *_), group in sorted(lenet_groups().items()) if budget == smallest)
-    resnets = (lines[0] | {"top1": median(v["top1"] for v in lines)} for lines in resnet_groups(20).values())
+    resnets = (
+        lines[0] | {"top1": median(v["top1"] for v in lines), "bytes": max(v["bytes"] for v in lines)}
+        for lines in resnet_groups(20).values()
+    )
     resnet = min((v for v in resnets if v["float_top1"] - v["top1"] <= 1.0), key=lambda v: v["bytes"])
     contexts = {(v["task"], v["context"], v["kind"]): v for v in read_results("ban_contexts")}
     special = [v["share"] for (task, _, kind), v in contexts.items() if task == "digits" and kind == "specialised"]
