@@ -113,7 +113,7 @@ def test_resnet_recipe_writes_a_file_that_a_fresh_process_decodes_to_the_reporte
     assert 59_000 < file.stat().st_size == line["bytes"] <= line["budget"]
     assert line["agreement"] > 30  # of ten classes
     checked = json.loads(run_recipe("resnet_cifar10.py", "--check", file, "--data", tmp_path / "data"))
-    assert checked == {k: line[k] for k in ("top1", "agreement", "float_top1", "sha256_weights")}
+    assert checked == {k: line[k] for k in ("top1", "agreement", "float_top1", "score_error", "sha256_weights")}
 
 
 def test_coverage_recipe_tries_a_network():
