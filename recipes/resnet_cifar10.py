@@ -133,7 +133,7 @@ def scores(net: nn.Module, images: Tensor) -> Tensor:
 def measured(path: Path, depth: int, root: Path, part: str) -> dict[str, object]:
     """Decode a file into a fresh network: top-1 and agreement with the float network in percent, SHA-256 of all weights.
 
-    And `score_error`, the squared error of the class scores over their variance: on 5,000 images far less noisy than the others.
+    And `score_error`, the squared error of the class scores over their variance: of use where few images change their class.
     """
     images, labels = cifar10(root)[part]
     net = miracle_ban.load(path, ResNet(depth))
