@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from .load import decode, load
     from .penalty import Penalty
     from .train import FitReport, fit
+    from .tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
     "BayesianAttention", "FitReport", "MiracleError", "Penalty", "__version__", "compress", "convert", "decode", "decode_array",
-    "decode_arrays", "encode", "fetch", "fit", "kl", "load", "load_pretrained", "open", "save",
+    "decode_arrays", "encode", "fetch", "fit", "kl", "load", "load_pretrained", "open", "save", "tune",
 ]  # fmt: skip
 
 _NAMES = {
@@ -45,6 +46,7 @@ _NAMES = {
     "load": ["decode", "load"],
     "penalty": ["Penalty"],
     "train": ["FitReport", "fit"],
+    "tune": ["tune"],
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

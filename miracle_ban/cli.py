@@ -158,10 +158,10 @@ def _add_compress(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--context", metavar="C", help=context)
     command.add_argument("--budget", required=True, metavar="SIZE", help='of the whole file: bytes, "20 kB", "3 MB"')
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mban")
-    command.add_argument("--epochs", type=_positive, default=30.0, help="passes over the data while training (default 30)")
+    command.add_argument("--epochs", type=_positive, default=30.0, help="passes over the data in training (default 30)")
     command.add_argument("--coder", choices=tuple(coders.IDS), default="trellis", help="default %(default)s")
     command.add_argument("--seed", type=_seed, default=0, help="of training and of the file's randomness")
-    command.add_argument("--checkpoint", type=Path, metavar="STATE", help="keep the state in STATE.fit, STATE.encode, to resume from")
+    command.add_argument("--checkpoint", type=Path, metavar="STATE", help="keep the state in STATE.encode and others, to resume from")
     help_names = "store names and shapes, so that the file decodes without the model (default: from 10 kB)"
     command.add_argument("--names", action=argparse.BooleanOptionalAction, default=None, help=help_names)
     command.add_argument("--report", type=Path, metavar="REPORT.json", help="write how training and coding went; `plot` draws it")
@@ -406,14 +406,14 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
         coder=args.coder,
         seed=args.seed,
         checkpoint=args.checkpoint,
-        fit_options={"names": args.names},
         encode_options={"names": args.names},
         progress=not args.quiet,
     )
     size = save(archive, args.output)
     rows = _tensor_rows(archive)
-    trained = {"fit": archive.info["fit"]["seconds"]} if "fit" in archive.info else {}
-    seconds = {**trained, "encode": archive.info["seconds"]}
+    info = archive.info
+    seconds = {"fit": info.get("fit", {}).get("seconds"), "encode": info.get("seconds"), "tune": info.get("tune", {}).get("seconds")}
+    seconds = {k: v for k, v in seconds.items() if v is not None}
     result = {"file": str(args.output), "tensors": rows, **_totals(rows, size), "stages": seconds, "seconds": sum(seconds.values())}
     measured = batches_of(context) if context is not None else batches if batches is not None else inputs
     if measured is not None:

@@ -8,6 +8,8 @@ Leans on `train`, `plan` and the two kinds of `packing`.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import sys
 import time
@@ -29,10 +31,13 @@ from .bits import NATS_PER_BIT, parse_bytes
 from .block_packing import BlockPacking
 from .container import Archive
 from .convert import as_module, convert
+from .decode import open as open_archive
+from .decode import save
 from .errors import BudgetError, CodingError, MiracleWarning
 from .feed import Feed, is_sharded
 from .inputs import batches_of, made_for
 from .layers import posteriors
+from .load import bind
 from .objective import Steering
 from .packing import Goal, Packing
 from .plan import carries_names, freeze_priors, kl_bits_by_tensor, predicted_index_bits, side_bits, skeleton
@@ -50,9 +55,12 @@ from .train import (
     train_step,
 )  # fmt: skip
 from .trellis_packing import TrellisPacking
+from .tune import tune
 
 _GAIN, _RESPONSE = 0.006, 6.0  # of steering beta (objective.Steering)
 _LAST_RATE = 0.1  # learning rate of the last round over that of the first: the last weights must settle
+_BITS_TO_PACKAGE_FIRST = 0.5  # a weight; by hand: at 1.2 packaging first is better, at 0.03 training first
+_MEMORY_TO_TUNE = 12  # the path is searched some hundred times
 _STEERABLE = 1.3  # refinement can bring predicted bits down by about this much
 
 
@@ -231,6 +239,20 @@ def encode(
     return archive
 
 
+def _in_full_precision(function: Callable[..., Archive]) -> Callable[..., Archive]:
+    """Least squares want float32, whatever precision the caller trains in."""
+
+    @functools.wraps(function)
+    def wrapped(net: nn.Module, **options: Any) -> Archive:
+        kinds = {t.device.type for t in net.state_dict().values()} | {"cpu"}
+        with contextlib.ExitStack() as stack:
+            for kind in sorted(kinds - {"meta"}):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(net, **options)
+
+    return wrapped
+
+
 @torch.enable_grad()
 def compress(
     net: nn.Module | Mapping[str, torch.Tensor],
@@ -245,6 +267,7 @@ def compress(
     context: Any = None,
     where: Callable[[str, nn.Module], bool] | None = None,
     per_unit: bool = False,
+    package_first: bool | None = None,
     checkpoint: str | Path | None = None,
     fit_options: dict[str, Any] | None = None,
     encode_options: dict[str, Any] | None = None,
@@ -253,15 +276,16 @@ def compress(
     """Convert + fit + encode: a trained network becomes an archive of at most `budget`.
 
     Without `batches` nothing is trained: the noise that the budget asks for is shared out over the weights as they are, and each
-    layer is made to repair what the coding of those before it did (`reconstruct`). Far below a bit a weight training keeps more; at
-    1.2 bits a weight of a ResNet-20, 28 epochs of it kept less than `inputs` alone.
+    layer is made to repair what the coding of those before it did (`reconstruct`). Far below a bit a weight training posteriors keeps
+    more (`fit`, `encode`); at 1.2 bits a weight of a ResNet-20, 28 epochs of that kept less than `inputs` alone. There the network
+    is packaged first, as without training, and then trained inside its file (`tune`).
 
     Args:
         net: a trained network, or its state dict alone (then nothing can be measured, and errors are far larger); left alone.
         batches: iterable of (inputs, targets): the training set; None if there is none.
         loss: `loss(outputs, targets)` -> mean negative log-likelihood of the batch, nats.
         budget: size of the whole file, bytes or text such as "20 kB".
-        epochs: passes over `batches` in `fit`.
+        epochs: passes over `batches`, in `fit` or in `tune`.
         coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README).
         seed: as in `encode`.
         inputs: without `batches`: a tensor of examples, or an iterable of batches (labels are ignored), 1,024 examples at most
@@ -269,12 +293,14 @@ def compress(
         context: with `batches`: inputs of the context that the file is for, as in `encode`; trains with attention, on random sets
             of the classes unless `fit_options` gives an `attention`. For several packages of one training, call `fit` and `encode`.
         where, per_unit: as in `convert`.
-        checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit" and "<checkpoint>.encode".
+        package_first: with `batches`: package, then tune, instead of training posteriors and packaging them; default if the budget has
+            half a bit or more for each weight, the coder is the trellis and neither `context` nor `fit_options` are given.
+        checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit", ".encode", ".packaged" and ".tune".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
         progress: show progress bars on stderr.
 
     Returns:
-        The archive; `archive.info["fit"]` is the `FitReport` as a dictionary.
+        The archive; `archive.info["fit"]` is the `FitReport` as a dictionary, `archive.info["tune"]` what `tune` says.
 
     Raises:
         MiracleError: see `convert`, `fit` and `encode`.
@@ -297,10 +323,14 @@ def compress(
         if checkpoint is not None:
             options["checkpoint"] = Path(f"{checkpoint}.encode")
         return _compress_weights(net, budget=budget, coder=coder, seed=seed, **options)
+    if _packages_first(net, budget, coder, context, fit_options) if package_first is None else package_first:
+        return _package_and_tune(net, batches, loss, budget=budget, epochs=epochs, coder=coder, seed=seed, inputs=inputs, where=where,
+                                 checkpoint=checkpoint, progress=progress, **(encode_options or {}))  # fmt: skip
     model = convert(net, where=where, per_unit=per_unit)
     stage = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("fit", "encode")}
     common: dict[str, Any] = {"coder": coder, "seed": seed, "progress": progress}
     fit_options, encode_options = dict(fit_options or {}), dict(encode_options or {})
+    fit_options.setdefault("names", encode_options.get("names"))
     if context is not None:
         with seeded(seed, next(net.parameters()).device):
             fit_options.setdefault("attention", BayesianAttention(net))
@@ -314,6 +344,7 @@ def compress(
     return archive
 
 
+@_in_full_precision
 def _compress_weights(
     net: nn.Module,
     *,
@@ -342,6 +373,47 @@ def _compress_weights(
     if isinstance(coder, coders.Trellis):
         options["reconstruction"] = reconstruction
     return encode(model, coder=coder, seed=seed, budget=budget, progress=progress, **options)
+
+
+def _packages_first(net: nn.Module, budget: str | int, coder: str | coders.Coder, context: Any, fit_options: dict[str, Any] | None) -> bool:
+    """Whether the budget has enough bits for each weight, and nothing is asked for that only training before packaging can do."""
+    weights = sum(p.numel() for p in net.parameters())
+    trellis = coder == "trellis" or isinstance(coder, coders.Trellis)
+    return trellis and context is None and not fit_options and 8.0 * parse_bytes(budget) >= _BITS_TO_PACKAGE_FIRST * weights
+
+
+def _package_and_tune(
+    net: nn.Module,
+    batches: Iterable,
+    loss: Loss,
+    *,
+    budget: str | int,
+    epochs: float,
+    coder: str | coders.Coder,
+    seed: int,
+    inputs: Any,
+    checkpoint: str | Path | None,
+    progress: bool,
+    **options: Any,
+) -> Archive:
+    """`compress` by packaging first."""
+    kept = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("encode", "packaged", "tune")}
+    file = kept["packaged"]
+    if file is not None and distributed.first(file.exists):
+        packaged = bind(open_archive(file), net)
+    else:
+        if coder == "trellis":
+            coder = coders.Trellis(memory=_MEMORY_TO_TUNE)
+        packaged = _compress_weights(net, budget=budget, coder=coder, seed=seed, inputs=batches if inputs is None else inputs,
+                                     progress=progress, checkpoint=kept["encode"], **options)  # fmt: skip
+        if file is not None:
+            distributed.first(functools.partial(save, packaged, file))
+    info = packaged.info
+    archive = tune(packaged, net, batches, loss, epochs=epochs, seed=seed, checkpoint=kept["tune"], progress=progress)
+    archive.info = {**info, **archive.info}
+    for path in filter(None, kept.values()):
+        checkpoints.remove(path)
+    return archive
 
 
 def _in_context(

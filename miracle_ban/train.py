@@ -134,10 +134,16 @@ def train_step(
         objective = beta_elbo(value, kl_nats.sum(), beta=weight * beta, num_examples=num_examples)
     (objective if extra is None else objective + extra.to(objective)).backward()
     (measured,) = distributed.mean_gradients(optimizer, [float(value.detach())])
-    optimizer.step()
+    _take_step(optimizer)
     if not math.isfinite(measured):
         raise MiracleError(f"the loss became {measured}: lower the learning rate, or check the data for NaN")
     return measured, dict(zip(held, kl_nats.detach().tolist(), strict=True))
+
+
+def _take_step(optimizer: torch.optim.Optimizer) -> None:
+    """A step, after which an autocast around all of the training must not go on with the weights as they were cast before."""
+    optimizer.step()
+    torch.clear_autocast_cache()
 
 
 @torch.enable_grad()
@@ -436,7 +442,7 @@ def _narrow(model: nn.Module, feed: Feed, loss: Loss, target: float, steps: int,
                 distributed.mean_gradients(optimizer)
                 for link in links:
                     relevance[link] = relevance.get(link, 0.0) + _unit_gradient(model, link).square()  # type: ignore[operator]
-                optimizer.step()
+                _take_step(optimizer)
                 bar.update()
             goal = first * (target / first) ** ((r + 1) / rounds)
             live = _drop_until(model, relevance, goal)

@@ -16,7 +16,7 @@ import torch
 
 from . import distributed, trellis
 from .bits import NATS_PER_BIT
-from .coders.trellis import OVERLAP, SEGMENT, Features, StepLaw, Trellis, best_path, emitted_bits, path_bits, step_bits, viterbi
+from .coders.trellis import OVERLAP, SEGMENT, Features, StepLaw, Trellis, best_path, emitted_bits, in_turn, path_bits, step_bits, viterbi
 from .container import Archive, Path, rates
 from .gaussian import Blocks
 from .layers import Posterior, posteriors
@@ -185,18 +185,9 @@ class TrellisPacking(Packing):
     def _search(self, pieces: list[Piece], beyond: list[Piece], laws: dict[int, StepLaw]) -> None:
         """Find the best path through `pieces`, with what follows in view, and commit it."""
         run = pieces + beyond
-        parts = [laws[i].coefficients(first, stop) for i, first, stop in run]
         edges = np.cumsum([0, *(stop - first for _, first, stop in run)]).tolist()
         new_bits = [k for i, first, stop in run for k in step_bits(self.rates[i], first, stop)]
-
-        def scores(begin: int, end: int) -> torch.Tensor:
-            found = []
-            for (i, _, _), (const, factors), at, until in zip(run, parts, edges[:-1], edges[1:], strict=True):
-                a, b = max(begin, at) - at, min(end, until) - at
-                if a < b:
-                    found.append(laws[i].scores(const[a:b], factors[a:b]))
-            return torch.cat(found)[:, None, :]
-
+        scores = in_turn([(laws[i], first, stop) for i, first, stop in run])
         states, _ = viterbi(scores, new_bits, 1, self.path.memory, torch.tensor([self.state_before], device="cpu"), None)
         found = states[:, 0].cpu().numpy()
         for (i, first, _), at, until in zip(pieces, edges[: len(pieces)], edges[1:], strict=False):

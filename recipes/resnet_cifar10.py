@@ -4,9 +4,9 @@
     python recipes/resnet_cifar10.py --depth 20 --level inputs --budget 40kB --data ../data
     python recipes/resnet_cifar10.py --depth 20 --level data --budget 40kB --data ../data
 
-Level "weights" sees the weights alone; "inputs" also 1,024 training images without labels; "data" fine-tunes on the training
-images (augmented; half the loss is distillation from the float network). Decodes the file in a fresh process, reports top-1 and
-the agreement with the float network on the first 5,000 test images, and appends one line to
+Level "weights" sees the weights alone; "inputs" also 1,024 training images without labels; "data" packages with such images and
+then tunes the file on the training images (augmented; half the loss is distillation from the float network). Decodes the file in
+a fresh process, reports top-1 and the agreement with the float network on the first 5,000 test images, and appends one line to
 `recipes/results/resnet_cifar10.jsonl`. Nothing is chosen on the test split; the last 5,000 training images are never trained on
 here (but the float networks were trained on them). The float networks are `cifar10-resnets/resnet*.safetensors` in the data
 folder: the checkpoints of github.com/akamaster/pytorch_resnet_cifar10 without their prefix `module.`.
@@ -146,23 +146,6 @@ def measured(path: Path, depth: int, root: Path, part: str) -> dict[str, object]
     return {**figures, "score_error": round(float(error), 5), "sha256_weights": digest}
 
 
-def fine_tuned(net: nn.Module, data: dict[str, tuple[Tensor, Tensor]], args: argparse.Namespace, stem: Path) -> miracle_ban.Archive:
-    """Level "data"."""
-    batches, loss = Scored(Augmented(*data["train"]), net), distilled(0.5)
-    bnn = miracle_ban.convert(net, per_unit=True, local=False)
-    reduced = torch.autocast("cpu", torch.bfloat16) if args.bfloat16 else contextlib.nullcontext()
-    with reduced:
-        report = miracle_ban.fit(
-            bnn, batches, loss, budget=args.budget, epochs=args.epochs, learning_rate=args.learning_rate, coder="trellis",
-            seed=args.seed, checkpoint=stem.with_suffix(".posteriors"),
-        )  # fmt: skip
-        report.plot(stem.with_suffix(".fit.png"))
-        return miracle_ban.encode(
-            bnn, batches, loss, coder="trellis", seed=args.seed, rounds=args.rounds, refine_steps=args.refine_steps,
-            learning_rate=args.refine_rate, checkpoint=stem.with_suffix(".checkpoint"),
-        )  # fmt: skip
-
-
 def main() -> None:
     """Run the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,15 +153,11 @@ def main() -> None:
     parser.add_argument("--level", default="weights", choices=LEVELS)
     parser.add_argument("--budget", default="50 kB", help="bytes of the whole file, or text such as '40 kB'")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=float, default=30, help="of training the posteriors, level data")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--rounds", type=int, default=64)
-    parser.add_argument("--refine-steps", type=int, default=60)
-    parser.add_argument("--refine-rate", type=float, default=3e-4)
+    parser.add_argument("--epochs", type=float, default=20, help="of tuning, level data")
     parser.add_argument("--float32", dest="bfloat16", action="store_false", help="train in float32; default bfloat16 where it is enough")
     parser.add_argument("--data", help="folder that holds cifar10/ and cifar10-resnets/; default $MIRACLE_BAN_DATA, else ./data")
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder of the file and the checkpoints")
-    parser.add_argument("--smoke", action="store_true", help="a coarse code and 64 images, for the tests")
+    parser.add_argument("--smoke", action="store_true", help="a coarse code and few images, for the tests")
     parser.add_argument("--check", type=Path, help="only decode this file and print what it gives on the test images")
     args = parser.parse_args()
     root = data_root(args.data)
@@ -190,12 +169,16 @@ def main() -> None:
     stem = args.work / f"resnet{args.depth}-{args.level}-{parse_bytes(args.budget)}-s{args.seed}"
     output = stem.with_suffix(".mban")
     started = time.monotonic()
+    options = {"budget": args.budget, "seed": args.seed}
+    if args.smoke:
+        options["coder"] = miracle_ban.coders.get("trellis", memory=8)
     if args.level == "data":
-        archive = fine_tuned(net, data, args, stem)
+        batches, loss = Scored(Augmented(*(v[: 2 * BATCH] if args.smoke else v for v in data["train"])), net), distilled(0.5)
+        with torch.autocast("cpu", torch.bfloat16) if args.bfloat16 else contextlib.nullcontext():
+            archive = miracle_ban.compress(net, batches, loss, epochs=args.epochs, checkpoint=stem, **options)
     else:
         inputs = None if args.level == "weights" else normalised(data["train"][0][: 64 if args.smoke else 1024])
-        coder = miracle_ban.coders.get("trellis", memory=8 if args.smoke else None)
-        archive = miracle_ban.compress(net, budget=args.budget, seed=args.seed, inputs=inputs, coder=coder)
+        archive = miracle_ban.compress(net, inputs=inputs, **options)
     seconds = time.monotonic() - started
     size = miracle_ban.save(archive, output)
     fresh = [sys.executable, __file__, "--depth", str(args.depth), "--check", str(output), *(["--data", args.data] if args.data else [])]
@@ -203,16 +186,15 @@ def main() -> None:
     validation = measured(output, args.depth, root, "validation")
     if checked["sha256_weights"] != validation["sha256_weights"]:
         raise SystemExit("a fresh process decoded other weights")
-    options = [f"--depth {args.depth} --level {args.level} --budget {args.budget} --seed {args.seed}"]
+    words = [f"--depth {args.depth} --level {args.level} --budget {args.budget} --seed {args.seed}"]
     if args.level == "data":
-        options.append(f"--epochs {args.epochs:g} --learning-rate {args.learning_rate:g} --rounds {args.rounds}")
-        options.append(f"--refine-steps {args.refine_steps} --refine-rate {args.refine_rate:g}")
+        words.append(f"--epochs {args.epochs:g}")
     line = {
         "task": f"ResNet-{args.depth} on CIFAR-10", "level": args.level, "bytes": size, **checked,
         "validation_top1": validation["top1"], "validation_score_error": validation["score_error"],
         "budget": parse_bytes(args.budget), "seed": args.seed,
         "seconds": round(seconds, 1), "sha256": hashlib.sha256(output.read_bytes()).hexdigest(), "file": output.name,
-        "command": f"python recipes/resnet_cifar10.py {' '.join(options)}",
+        "command": f"python recipes/resnet_cifar10.py {' '.join(words)}",
     }  # fmt: skip
     if not args.smoke:
         append_result("resnet_cifar10", line)

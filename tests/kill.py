@@ -74,6 +74,13 @@ def untrained(folder: Path, checkpoint: Path | None) -> None:
     miracle_ban.save(archive, folder / FILE)
 
 
+def tuned(folder: Path, checkpoint: Path | None) -> None:
+    """Packaged, then trained inside the file."""
+    options = {"budget": 200, "epochs": 40, "coder": TRELLIS, "checkpoint": checkpoint, **QUIET}
+    archive = miracle_ban.compress(network(), loader(), F.cross_entropy, **options)
+    miracle_ban.save(archive, folder / FILE)
+
+
 def specialised(folder: Path, checkpoint: Path | None) -> None:
     """With attention, for a context."""
     images, labels = helpers.blobs(128, seed=5)
@@ -95,7 +102,8 @@ def overwritten(folder: Path, _: Path | None) -> None:
 
 JOBS: dict[str, Callable[[Path, Path | None], None]] = {
     "gprs": trained("gprs"), "trellis": trained(TRELLIS), "gprs, per unit": trained("gprs", per_unit=True),
-    "trellis, per unit": trained(TRELLIS, per_unit=True), "untrained": untrained, "attention": specialised, "save": overwritten,
+    "trellis, per unit": trained(TRELLIS, per_unit=True), "untrained": untrained, "tuned": tuned, "attention": specialised,
+    "save": overwritten,
 }  # fmt: skip
 
 

@@ -21,10 +21,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # the house of the design, top to bottom: a module imports only from those above it
 ORDER = [
-    "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "distributed", "gaussian",
-    "coders", "layers", "structure", "convert", "inputs", "teaching", "reconstruct", "ban", "recursion", "plan", "objective",
-    "checkpoint", "feed", "train", "penalty", "packing", "block_packing", "trellis_packing", "encode", "load", "hub", "sources", "plots",
-    "demo", "cli",
+    "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "load", "distributed",
+    "gaussian", "coders", "layers", "structure", "convert", "inputs", "teaching", "reconstruct", "ban", "recursion", "plan", "objective",
+    "checkpoint", "feed", "train", "penalty", "packing", "block_packing", "trellis_packing", "tune", "encode", "hub", "sources",
+    "plots", "demo", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}
 
@@ -34,6 +34,7 @@ SIGNATURES = {
     "fit": ["model", "batches", "loss", "*", "budget", "epochs"],
     "encode": ["model", "batches", "loss", "*", "coder", "seed"],
     "compress": ["net", "batches", "loss", "*", "budget"],
+    "tune": ["archive", "net", "batches", "loss", "*", "epochs"],
     "save": ["archive", "path"],
     "open": ["path"],
     "decode": ["archive"],

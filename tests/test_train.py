@@ -16,7 +16,7 @@ from miracle_ban.errors import BudgetError, CodingError, MiracleError, MismatchE
 from miracle_ban.feed import Feed
 from miracle_ban.layers import posteriors, use_mode
 from miracle_ban.objective import Steering, beta_elbo
-from miracle_ban.train import FitReport
+from miracle_ban.train import FitReport, make_optimizer, train_step
 
 QUIET = {"progress": False}
 
@@ -293,3 +293,22 @@ def test_a_loss_that_nothing_can_be_learned_from_is_refused(loss):
     bnn = convert(nn.Linear(3, 2))
     with pytest.raises(MiracleError, match="scalar tensor that depends on the outputs"):
         fit(bnn, [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))], loss, progress=False)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_training_within_an_autocast_sees_its_own_steps(local, batches):
+    """Autocast keeps the weights that it has cast until its block ends, and this block is around all of the training."""
+    bnn = convert(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), local=local)
+    with torch.no_grad():
+        for p in posteriors(bnn).values():
+            p.mean.zero_()
+            p.log_std.fill_(-10.0)
+    optimizer = make_optimizer(bnn, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, _ = train_step(bnn, batches[0], F.cross_entropy, optimizer, beta=1e-9, num_examples=512)
+        with use_mode(bnn, "mean"), torch.autocast("cpu", enabled=False):
+            expected = float(F.cross_entropy(bnn(batches[0][0]), batches[0][1]))
+        second, _ = train_step(bnn, batches[0], F.cross_entropy, optimizer, beta=1e-9, num_examples=512)
+    assert first == pytest.approx(math.log(3), rel=1e-2)
+    assert abs(expected - first) > 0.1
+    assert second == pytest.approx(expected, rel=2e-2)

@@ -8,7 +8,7 @@ states its mean log ratio is 0.91 bits for each bit that it takes, where one-blo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -154,7 +154,8 @@ class StepLaw:
 
     def scores(self, const: Tensor, factors: Tensor) -> Tensor:
         """Log ratios of all rows at some steps, nats: float32 `[steps, states]`."""
-        return torch.addmm(const[:, None], factors, self.features[self.rate.width])
+        with torch.autocast(factors.device.type, enabled=False):  # the caller's training may be in bfloat16, too coarse for a search
+            return torch.addmm(const[:, None], factors, self.features[self.rate.width])
 
 
 def step_bits(rate: Rate, first: int, stop: int) -> list[int]:
@@ -222,10 +223,10 @@ def best_path(
     """
     memory, stop = law.memory, law.rate.steps if stop is None else stop
     cuts = list(range(first + SEGMENT, stop - SEGMENT // 2, SEGMENT))
-    side = max(1, min(_ROWS_IN_CACHE >> memory, _PATHS // (SEGMENT << memory)))
+    side = side_by_side(memory, SEGMENT)
 
     def joints(some: list[int]) -> list[int]:
-        states, _ = _search(law, [c - OVERLAP for c in some], 2 * OVERLAP, None, None)
+        states, _ = search(law, [c - OVERLAP for c in some], 2 * OVERLAP, None, None)
         return states[OVERLAP - 1].tolist()
 
     at_cuts = [state for found in spread(joints, [cuts[i : i + side] for i in range(0, len(cuts), side)]) for state in found]
@@ -233,18 +234,23 @@ def best_path(
 
     def segments(i: int) -> tuple[np.ndarray, float]:
         if i == len(cuts):  # what is left, whose end is free
-            states, ratio = _search(law, begins[-1:], stop - begins[-1], torch.tensor(before[-1:], device="cpu"), None)
+            states, ratio = search(law, begins[-1:], stop - begins[-1], torch.tensor(before[-1:], device="cpu"), None)
         else:
             given, wanted = (torch.tensor(b[:side], device="cpu") for b in (before[i:-1], before[i + 1 :]))
-            states, ratio = _search(law, begins[i:-1][:side], SEGMENT, given, wanted)
+            states, ratio = search(law, begins[i:-1][:side], SEGMENT, given, wanted)
         return states.T.flatten().cpu().numpy(), float(ratio.double().sum())
 
     paths, values = zip(*spread(segments, [*range(0, len(cuts), side), len(cuts)]), strict=True)
     return np.concatenate(paths), sum(values)
 
 
-def _search(law: StepLaw, first: list[int], steps: int, start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Paths of `steps` steps from each of the steps `first`, side by side; all have the same pattern of new bits."""
+def side_by_side(memory: int, steps: int) -> int:
+    """How many searches of `steps` steps are best done at once."""
+    return max(1, min(_ROWS_IN_CACHE >> memory, _PATHS // (steps << memory)))
+
+
+def search(law: StepLaw, first: list[int], steps: int, start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`viterbi` for `steps` steps from each of the steps `first`, side by side; all have the same pattern of new bits."""
     parts = [law.coefficients(f, f + steps) for f in first]
     const = torch.stack([p[0] for p in parts], 1)
     factors = torch.stack([p[1] for p in parts], 1)
@@ -253,6 +259,22 @@ def _search(law: StepLaw, first: list[int], steps: int, start: Tensor | None, en
         return law.scores(const[i:j].flatten(), factors[i:j].flatten(0, 1)).view(j - i, len(first), -1)
 
     return viterbi(scores, step_bits(law.rate, first[0], first[0] + steps), len(first), law.memory, start, end)
+
+
+def in_turn(run: Sequence[tuple[StepLaw, int, int]]) -> Callable[[int, int], Tensor]:
+    """What `viterbi` asks of one sequence through several tensors: of each the steps from the first to before the second number."""
+    parts = [law.coefficients(first, stop) for law, first, stop in run]
+    edges = np.cumsum([0, *(stop - first for _, first, stop in run)]).tolist()
+
+    def scores(begin: int, end: int) -> Tensor:
+        found = []
+        for (law, _, _), (const, factors), at, until in zip(run, parts, edges[:-1], edges[1:], strict=True):
+            a, b = max(begin, at) - at, min(end, until) - at
+            if a < b:
+                found.append(law.scores(const[a:b], factors[a:b]))
+        return torch.cat(found)[:, None, :]
+
+    return scores
 
 
 def path_bits(law: StepLaw, states: np.ndarray, first: int = 0) -> np.ndarray:
