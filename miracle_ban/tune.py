@@ -59,7 +59,7 @@ def tune(
 ) -> Archive:
     """Train a packaged network further, inside its file: the size, the rates and the prior scales stay.
 
-    It pays where weights have about a bit each: on a ResNet-20 in 40,000 bytes. Dropout is off, statistics of norms stay.
+    For weights of about a bit each, as of a ResNet-20 in 40,000 bytes. Dropout is off, statistics of norms stay.
 
     Args:
         archive: of the trellis coder, from `encode`, `compress` or `open`; left alone.
@@ -95,7 +95,7 @@ def tune(
     restore(model, weights)
     device = next(model.parameters()).device
     code = _Code(archive, model)
-    with distributed.apart(sharded is False), seeded(seed, device):
+    with seeded(seed, device):
         feed = Feed(batches, device, sharded=sharded, seed=seed)
     steps = max(1, round(epochs * feed.batches_per_pass))
     settings = {"archive": zlib.crc32(archive.to_bytes()), "steps": steps, "learning_rate": learning_rate, "seed": seed}
@@ -111,38 +111,39 @@ def tune(
             feed.restore(saved["feed"])
             checkpoints.restore_generators(saved["generators"][distributed.rank() if feed.sharded else 0], device)
             done, history = saved["step"], saved["history"]
-        bar = tqdm(total=steps, initial=done, disable=not progress, file=sys.stderr, desc="tune", unit="step")
         total, counted = 0.0, 0
-        while done < steps:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * _schedule(done / steps)
-            inputs, targets = feed.next()
-            value = loss(model(inputs), targets)
-            model.zero_grad(set_to_none=True)
-            value.backward()
-            code.take_gradients()
-            (measured,) = distributed.mean_gradients(optimizer, [float(value.detach())])
-            if not math.isfinite(measured):
-                raise MiracleError(f"the loss became {measured} in tuning, step {done}: check the data for NaN, or lower the learning rate")
-            optimizer.step()
-            done, total, counted = done + 1, total + measured, counted + 1
-            bar.update()
-            if done % STEPS_PER_SEARCH == 0 or done == steps:
-                changed = code.search(done // STEPS_PER_SEARCH % _SHIFTS)
-                code.calm()
-                history.append({"step": done, "loss": total / counted, "changed": changed})
-                bar.set_postfix_str(f"loss {total / counted:.4f}, {changed:.2%} of the weights changed", refresh=False)
-                total, counted = 0.0, 0
-            if checkpoint is not None and feed.position == feed.batches_per_pass and done < steps:
-                feed.end_pass()
-                state = checkpoints.generator_state(device)
-                content = {
-                    "stage": "tune", "settings": settings, "step": done, "history": history, "optimizer": optimizer.state_dict(),
-                    "bits": torch.from_numpy(code.bits), "wishes": [t.wish.detach() for t in code.tensors], "feed": feed.state(),
-                    "generators": distributed.gather(state) if feed.sharded else [state],
-                }  # fmt: skip
-                checkpoints.write(Path(checkpoint), content)
-        bar.close()
+        with tqdm(total=steps, initial=done, disable=not progress, file=sys.stderr, desc="tune", unit="step") as bar:
+            while done < steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * _schedule(done / steps)
+                inputs, targets = feed.next()
+                value = loss(model(inputs), targets)
+                model.zero_grad(set_to_none=True)
+                value.backward()
+                code.take_gradients()
+                (measured,) = distributed.mean_gradients(optimizer, [float(value.detach())])
+                if not math.isfinite(measured):
+                    raise MiracleError(
+                        f"the loss became {measured} in tuning, step {done}: check the data for NaN, or lower the learning rate"
+                    )
+                optimizer.step()
+                done, total, counted = done + 1, total + measured, counted + 1
+                bar.update()
+                if done % STEPS_PER_SEARCH == 0 or done == steps:
+                    changed = code.search(done // STEPS_PER_SEARCH % _SHIFTS)
+                    code.calm()
+                    history.append({"step": done, "loss": total / counted, "changed": changed})
+                    bar.set_postfix_str(f"loss {total / counted:.4f}, {changed:.2%} of the weights changed", refresh=False)
+                    total, counted = 0.0, 0
+                if checkpoint is not None and feed.position == feed.batches_per_pass and done < steps:
+                    feed.end_pass()
+                    state = checkpoints.generator_state(device)
+                    content = {
+                        "stage": "tune", "settings": settings, "step": done, "history": history, "optimizer": optimizer.state_dict(),
+                        "bits": torch.from_numpy(code.bits), "wishes": [t.wish.detach() for t in code.tensors], "feed": feed.state(),
+                        "generators": distributed.gather(state) if feed.sharded else [state],
+                    }  # fmt: skip
+                    checkpoints.write(Path(checkpoint), content)
     distributed.check_same(zlib.crc32(archive.to_bytes()), "checksum of the archive")
     archive.info["tune"] = {"steps": steps, "seconds": time.monotonic() - started, "history": history}
     return archive

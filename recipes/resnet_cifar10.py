@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--level", default="weights", choices=LEVELS)
     parser.add_argument("--budget", default="50 kB", help="bytes of the whole file, or text such as '40 kB'")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=float, default=20, help="of tuning, level data")
+    parser.add_argument("--epochs", type=float, default=12, help="of tuning, level data")
     parser.add_argument("--float32", dest="bfloat16", action="store_false", help="train in float32; default bfloat16 where it is enough")
     parser.add_argument("--data", help="folder that holds cifar10/ and cifar10-resnets/; default $MIRACLE_BAN_DATA, else ./data")
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder of the file and the checkpoints")
