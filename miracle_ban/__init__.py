@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .ban import BayesianAttention
+    from .compress import compress
     from .convert import convert
     from .decode import decode_array, decode_arrays, open, save
-    from .encode import compress, encode
+    from .encode import encode
     from .errors import MiracleError
     from .hub import fetch, load_pretrained
     from .layers import kl
@@ -37,9 +38,10 @@ __all__ = [
 
 _NAMES = {
     "ban": ["BayesianAttention"],
+    "compress": ["compress"],
     "convert": ["convert"],
     "decode": ["decode_array", "decode_arrays", "open", "save"],
-    "encode": ["compress", "encode"],
+    "encode": ["encode"],
     "errors": ["MiracleError"],
     "hub": ["fetch", "load_pretrained"],
     "layers": ["kl"],

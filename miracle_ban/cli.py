@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from . import __version__, coders, plots
 from .bits import HuffmanTable, parse_bytes
+from .compress import compress
 from .container import FIXED_LENGTH, FORMAT_VERSION, Archive, Record, live_count, octaves, prior_std, rates, resolve_kept
 from .convert import as_module, convert
 from .decode import open as open_archive
 from .decode import save
 from .demo import check, run, weights_sha256
-from .encode import compress
 from .errors import MiracleError, MismatchError
 from .files import write_whole
 from .inputs import batches_of

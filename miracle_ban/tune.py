@@ -100,7 +100,7 @@ def tune(
     steps = max(1, round(epochs * feed.batches_per_pass))
     settings = {"archive": zlib.crc32(archive.to_bytes()), "steps": steps, "learning_rate": learning_rate, "seed": seed}
     saved = checkpoints.read(Path(checkpoint), stage="tune", expected=settings) if checkpoint is not None else None
-    optimizer = torch.optim.Adam([t.wish for t in code.tensors], learning_rate, betas=_BETAS)
+    optimizer = torch.optim.Adam([t.wish for t in code.tensors.values()], learning_rate, betas=_BETAS)
     done = 0
     history: list[dict[str, float]] = []
     progress = progress and distributed.rank() == 0
@@ -140,7 +140,8 @@ def tune(
                     state = checkpoints.generator_state(device)
                     content = {
                         "stage": "tune", "settings": settings, "step": done, "history": history, "optimizer": optimizer.state_dict(),
-                        "bits": torch.from_numpy(code.bits), "wishes": [t.wish.detach() for t in code.tensors], "feed": feed.state(),
+                        "bits": torch.from_numpy(code.bits), "wishes": [t.wish.detach() for t in code.tensors.values()],
+                        "feed": feed.state(),
                         "generators": distributed.gather(state) if feed.sharded else [state],
                     }  # fmt: skip
                     checkpoints.write(Path(checkpoint), content)
@@ -184,8 +185,7 @@ class _Code:
         self.bits = np.array(path.bits[: sum(r.bits for r in self.rates.values())], np.uint8)  # a file's end with a byte
         parameters = dict(model.named_parameters())
         live = resolve_kept(archive.records)
-        self.tensors: list[_Coded] = []
-        self.of: dict[int, _Coded] = {}
+        self.tensors: dict[int, _Coded] = {}
         for i, rate in self.rates.items():
             record = archive.records[i]
             parameter = parameters.get(str(record.name))
@@ -199,8 +199,7 @@ class _Code:
             at, prior = place.flatten()[coded].to(device), prior[coded].to(device)
             noise = 2.0 ** -(rate.rate / RATE_UNIT / rate.width)
             wish = nn.Parameter(parameter.detach().flatten()[at] / (noise * prior))
-            self.of[i] = _Coded(parameter, at, prior, noise, wish)
-            self.tensors.append(self.of[i])
+            self.tensors[i] = _Coded(parameter, at, prior, noise, wish)
         self.pieces: list[tuple[int, int, int, int]] = []  # record number, first step, stop, first bit; in the order of the stream
         bit = 0
         for frame in range(1 << path.log2_frames):
@@ -214,7 +213,7 @@ class _Code:
     @torch.no_grad()
     def take_gradients(self) -> None:
         """Give the wishes the gradients of the weights."""
-        for t in self.tensors:
+        for t in self.tensors.values():
             gradient = t.parameter.grad
             t.wish.grad = torch.zeros_like(t.wish) if gradient is None else gradient.flatten()[t.at] * (t.noise * t.prior)
 
@@ -239,12 +238,12 @@ class _Code:
     @torch.no_grad()
     def calm(self) -> None:
         """Draw the wishes a little towards what the path decodes to: without it the noise of gradients carries them ever farther."""
-        for t in self.tensors:
+        for t in self.tensors.values():
             t.wish.lerp_(t.parameter.flatten()[t.at] / (t.noise * t.prior), _CALM)
 
     def _law(self, number: int) -> StepLaw:
         """Scores that fall with the squared distance from the wishes: the prior's part of a log ratio is compensated for."""
-        t = self.of[number]
+        t = self.tensors[number]
         mean = t.wish.detach() * (t.noise * t.prior) * (1.0 - t.noise**2)
         return StepLaw(self.features, number, self.rates[number], mean.double(), (t.noise * t.prior).double(), t.prior.double())
 
@@ -260,10 +259,11 @@ class _Code:
 
     def _search_mixed(self, laws: dict[int, StepLaw], begin: int, end: int) -> None:
         run = []
-        for (number, first, _, _), at, until in zip(self.pieces, self.edges[:-1].tolist(), self.edges[1:].tolist(), strict=True):
-            a, b = max(begin, at), min(end, until)
-            if a < b:
-                run.append((laws[number], first + a - at, first + b - at))
+        touched = range(int(np.searchsorted(self.edges, begin, side="right")) - 1, int(np.searchsorted(self.edges, end, side="left")))
+        for k in touched:
+            number, first, _, _ = self.pieces[k]
+            at, until = int(self.edges[k]), int(self.edges[k + 1])
+            run.append((laws[number], first + max(begin, at) - at, first + min(end, until) - at))
         new_bits = [k for law, first, stop in run for k in step_bits(law.rate, first, stop)]
         first_bit, last_bit = self._at(begin)[1], self._at(end, end=True)[1]
         free = last_bit == len(self.bits)
@@ -279,8 +279,8 @@ class _Code:
 
     def _states(self, bits: Iterable[int]) -> Tensor:
         """The states before some bits of the stream: the last `memory` bits up to there, zeros before the first."""
-        padded = np.concatenate([np.zeros(self.memory, np.int64), self.bits])
-        window = padded[np.asarray(bits)[:, None] + np.arange(self.memory)]
+        at = np.asarray(bits)[:, None] + np.arange(-self.memory, 0)
+        window = np.where(at >= 0, self.bits[np.maximum(at, 0)], 0).astype(np.int64)
         return torch.from_numpy(window @ (1 << np.arange(self.memory - 1, -1, -1, dtype=np.int64)))
 
     @torch.no_grad()
@@ -289,7 +289,7 @@ class _Code:
         assert self.archive.path is not None
         self.archive.path = replace(self.archive.path, bits=self.bits.copy())
         changed = count = 0
-        for i, t in self.of.items():
+        for i, t in self.tensors.items():
             new = torch.from_numpy(np.ascontiguousarray(stored_array(self.archive, i))).flatten().to(t.parameter)
             changed += int((new != t.parameter.flatten()).sum())
             count += len(t.at)
@@ -301,6 +301,6 @@ class _Code:
     def restore(self, bits: np.ndarray, wishes: list[Tensor]) -> None:
         """Go on from a checkpoint."""
         self.bits = bits
-        for t, wish in zip(self.tensors, wishes, strict=True):
+        for t, wish in zip(self.tensors.values(), wishes, strict=True):
             t.wish.copy_(wish)
         self._decode()

@@ -23,7 +23,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "load", "distributed",
     "gaussian", "coders", "layers", "structure", "convert", "inputs", "teaching", "reconstruct", "ban", "recursion", "plan", "objective",
-    "checkpoint", "feed", "train", "penalty", "packing", "block_packing", "trellis_packing", "tune", "encode", "hub", "sources",
+    "checkpoint", "feed", "train", "penalty", "packing", "block_packing", "trellis_packing", "tune", "encode", "compress", "hub", "sources",
     "plots", "demo", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}

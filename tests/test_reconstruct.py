@@ -303,7 +303,7 @@ def test_inputs_help(normed, monkeypatch):
             return float((net.eval()(x) - normed(x)).square().mean())
 
     real, made = error(images(300, seed=1)), error(None)
-    monkeypatch.setattr(sys.modules["miracle_ban.encode"], "made_for", lambda *_, **__: [])
+    monkeypatch.setattr(sys.modules["miracle_ban.compress"], "made_for", lambda *_, **__: [])
     with pytest.warns(MiracleWarning, match="inputs"):
         none = error(None)
     assert real < 0.7 * made

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from miracle_ban import MiracleError, compress, decode, encode, load, save, tune
-from miracle_ban import open as open_archive
 from miracle_ban.coders import Trellis
 from miracle_ban.container import parse
 from miracle_ban.errors import CodingError, MismatchError
@@ -53,7 +52,7 @@ def code_of(archive) -> _Code:
 def distance(code: _Code) -> float:
     """Of the network from the wishes, in units of each tensor's noise, at the precision that the search weighs it with."""
     total = 0.0
-    for t in code.tensors:
+    for t in code.tensors.values():
         error = t.parameter.detach().flatten()[t.at].double() / (t.noise * t.prior.double()) - t.wish.detach().double()
         total += float(error.square().sum()) * (1.0 - t.noise**2)
     return total
@@ -87,7 +86,7 @@ def test_the_search_never_leads_away_from_the_wishes(name, shift, request):
     code = code_of(request.getfixturevalue(name))
     generator = torch.Generator().manual_seed(shift)
     with torch.no_grad():
-        for t in code.tensors:
+        for t in code.tensors.values():
             t.wish += 1.5 * torch.randn(t.wish.shape, generator=generator)
     far, bits = distance(code), code.bits.copy()
     changed = code.search(shift)
@@ -144,7 +143,7 @@ def test_windows_of_one_tensor_are_searched_side_by_side_as_one_by_one():
         restore_net(code, archive, net)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for t in code.tensors:
+            for t in code.tensors.values():
                 t.wish += 0.5 * torch.randn(t.wish.shape, generator=generator)
     assert codes[0].rates[0].steps > 4 * _WINDOW
     assert codes[0].rates[0].rate % 64
@@ -159,8 +158,8 @@ def test_windows_of_one_tensor_are_searched_side_by_side_as_one_by_one():
 def restore_net(code: _Code, archive, net) -> None:
     with torch.no_grad():
         for name, value in decode(archive, net).items():
-            next(t for i, t in code.of.items() if code.archive.records[i].name == name).parameter.copy_(value)
-        for t in code.tensors:
+            next(t for i, t in code.tensors.items() if code.archive.records[i].name == name).parameter.copy_(value)
+        for t in code.tensors.values():
             t.wish.copy_(t.parameter.flatten()[t.at] / (t.noise * t.prior))
 
 
@@ -223,7 +222,9 @@ def test_compress_goes_on_from_the_packaged_file(trained_net, batches, tmp_path)
     options = {"budget": 230, "epochs": 2, "checkpoint": tmp_path / "state", "coder": Trellis(memory=8), **QUIET}
     with pytest.raises(KeyboardInterrupt):
         compress(trained_net, batches, interrupted, **options)
-    packaged = open_archive(tmp_path / "state.packaged")
+    packaged = parse(bytes(torch.load(tmp_path / "state.packaged", weights_only=True)["archive"].numpy()))
+    with pytest.raises(CodingError, match="budget_bytes was 230, now 240"):
+        compress(trained_net, batches, F.cross_entropy, **(options | {"budget": 240}))
     resumed = compress(trained_net, batches, F.cross_entropy, **options)
     assert len(resumed.to_bytes()) == len(packaged.to_bytes())
     assert "seconds" not in resumed.info  # packaging was not done again
@@ -238,6 +239,10 @@ def test_errors_say_what_is_wrong(packaged, bnn, trained_net, batches):
         tune(packaged, trained_net, batches, F.cross_entropy, learning_rate=float("nan"), **QUIET)
     with pytest.raises(CodingError, match="epochs must be positive, not 0"):
         tune(packaged, trained_net, batches, F.cross_entropy, epochs=0, **QUIET)
+    with pytest.raises(CodingError, match="package_first does not go with fit_options"):
+        compress(trained_net, batches, F.cross_entropy, budget=230, package_first=True, fit_options={"drop": False}, **QUIET)
+    with pytest.raises(CodingError, match="package_first needs the trellis coder, not 'gprs'"):
+        compress(trained_net, batches, F.cross_entropy, budget=230, package_first=True, coder="gprs", **QUIET)
     with pytest.raises(MismatchError):
         tune(packaged, nn.Linear(3, 2), batches, F.cross_entropy, **QUIET)
     with pytest.raises(MiracleError, match="the loss became nan in tuning, step 0"):

@@ -1,0 +1,214 @@
+"""The whole of it in one call: a trained network becomes an archive, by what its user can give.
+
+Leans on `encode`, `tune`, `train` and `reconstruct`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint as checkpoints
+from . import coders
+from .ban import BayesianAttention
+from .bits import parse_bytes
+from .container import Archive, parse
+from .convert import as_module, convert
+from .encode import encode
+from .errors import CodingError, MiracleWarning
+from .inputs import batches_of, made_for
+from .load import bind
+from .plan import carries_names, side_bits, skeleton
+from .reconstruct import Reconstruction
+from .train import BLOCK_BITS, Loss, fit, index_budget_bits, seeded
+from .tune import tune
+
+_BITS_TO_PACKAGE_FIRST = 0.5  # a weight; by hand, between a ResNet-20 in 40,000 bytes (1.2) and LeNet-5 in 1,140 (0.02)
+_MEMORY_TO_TUNE = 12  # the path is searched some hundred times
+
+
+@torch.enable_grad()
+def compress(
+    net: nn.Module | Mapping[str, torch.Tensor],
+    batches: Iterable | None = None,
+    loss: Loss | None = None,
+    *,
+    budget: str | int,
+    epochs: float = 30.0,
+    coder: str | coders.Coder = "trellis",
+    seed: int = 0,
+    inputs: Any = None,
+    context: Any = None,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    per_unit: bool = False,
+    package_first: bool | None = None,
+    checkpoint: str | Path | None = None,
+    fit_options: dict[str, Any] | None = None,
+    encode_options: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> Archive:
+    """Convert + fit + encode: a trained network becomes an archive of at most `budget`.
+
+    Without `batches` nothing is trained: the noise that the budget asks for is shared out over the weights as they are, and each
+    layer is made to repair what the coding of those before it did (`reconstruct`). With `batches`, far below a bit a weight,
+    posteriors are trained and then packaged (`fit`, `encode`); from half a bit on the network is packaged first, as without
+    training, and then trained inside its file (`tune`).
+
+    Args:
+        net: a trained network, or its state dict alone (then nothing can be measured, and errors are far larger); left alone.
+        batches: iterable of (inputs, targets): the training set; None if there is none.
+        loss: `loss(outputs, targets)` -> mean negative log-likelihood of the batch, nats.
+        budget: size of the whole file, bytes or text such as "20 kB".
+        epochs: passes over `batches`, in `fit` or in `tune`.
+        coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README).
+        seed: as in `encode`.
+        inputs: without `batches`: a tensor of examples, or an iterable of batches (labels are ignored), 1,024 examples at most
+            are used; default inputs made up to fit the network's BatchNorms (`inputs`).
+        context: with `batches`: inputs of the context that the file is for, as in `encode`; trains with attention, on random sets
+            of the classes unless `fit_options` gives an `attention`. For several packages of one training, call `fit` and `encode`.
+        where, per_unit: as in `convert`.
+        package_first: with `batches`: package, then tune, instead of training posteriors and packaging them; default if the budget has
+            half a bit or more for each weight, the coder is the trellis and neither `context` nor `fit_options` are given.
+        checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit", ".encode", ".packaged" and ".tune".
+        fit_options, encode_options: further keyword arguments of `fit` and `encode`.
+        progress: show progress bars on stderr.
+
+    Returns:
+        The archive; `archive.info["fit"]` is the `FitReport` as a dictionary, `archive.info["tune"]` what `tune` says.
+
+    Raises:
+        MiracleError: see `convert`, `fit` and `encode`.
+
+    Example:
+        >>> archive = compress(net, loader, F.cross_entropy, budget="1.5 kB")  # doctest: +SKIP
+    """
+    if not isinstance(net, nn.Module):
+        if batches is not None or inputs is not None:
+            raise CodingError("a state dict cannot be run on data: give the network itself")
+        net = as_module(net)
+        named = (encode_options or {}).get("names")
+        encode_options = {**(encode_options or {}), "names": True if named is None else named}
+    if batches is None or loss is None:
+        if batches is not None or loss is not None:
+            raise CodingError("batches and loss come together: compress(net, loader, F.cross_entropy, budget=...), or neither")
+        if context is not None:
+            raise CodingError("context needs a training set: compress(net, loader, loss, context=inputs, budget=...)")
+        options = {"inputs": inputs, "where": where, "progress": progress, **(encode_options or {})}
+        if checkpoint is not None:
+            options["checkpoint"] = Path(f"{checkpoint}.encode")
+        return _compress_weights(net, budget=budget, coder=coder, seed=seed, **options)
+    if _packages_first(net, budget, coder, context, fit_options, package_first):
+        return _package_and_tune(net, batches, loss, budget=budget, epochs=epochs, coder=coder, seed=seed, inputs=inputs, where=where,
+                                 checkpoint=checkpoint, progress=progress, **(encode_options or {}))  # fmt: skip
+    model = convert(net, where=where, per_unit=per_unit)
+    stage = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("fit", "encode")}
+    common: dict[str, Any] = {"coder": coder, "seed": seed, "progress": progress}
+    fit_options, encode_options = dict(fit_options or {}), dict(encode_options or {})
+    fit_options.setdefault("names", encode_options.get("names"))
+    if context is not None:
+        with seeded(seed, next(net.parameters()).device):
+            fit_options.setdefault("attention", BayesianAttention(net))
+        encode_options |= {"context": context, "budget": budget}
+    report = fit(model, batches, loss, budget=budget, epochs=epochs, checkpoint=stage["fit"], **common, **fit_options)
+    own = batches if context is None else None  # for a context the weights are refined on its inputs
+    archive = encode(model, own, loss if context is None else None, checkpoint=stage["encode"], **common, **encode_options)
+    archive.info["fit"] = report.as_dict()
+    if stage["fit"] is not None:
+        checkpoints.remove(stage["fit"])
+    return archive
+
+
+def _compress_weights(
+    net: nn.Module,
+    *,
+    budget: str | int,
+    coder: str | coders.Coder,
+    seed: int,
+    inputs: Any,
+    where: Callable[[str, nn.Module], bool] | None,
+    progress: bool,
+    **options: Any,
+) -> Archive:
+    """`compress` without training data."""
+    with _full_precision(net):
+        with seeded(seed, torch.device("cpu")):  # a loader may shuffle
+            batches = made_for(net, seed=seed, progress=progress) if inputs is None else batches_of(inputs)
+        if not batches and type(net) is not nn.Module:
+            text = "no random input fits this network: give `inputs`, a batch, so that layers can be measured and corrected"
+            warnings.warn(text, MiracleWarning, stacklevel=3)
+        model = convert(net, where=where, per_unit=True)
+        coder = coders.get(coder) if isinstance(coder, str) else coder
+        budget_bits = 8.0 * parse_bytes(budget)
+        coder = coder.settled(BLOCK_BITS, budget_bits)
+        names = carries_names(options.get("names"), model, budget_bits)
+        goal = index_budget_bits(parse_bytes(budget), side_bits(skeleton(model, coder=coder, seed=seed, names=names)))
+        reconstruction = Reconstruction(model, batches)
+        reconstruction.plan(goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), seed=seed)
+        if isinstance(coder, coders.Trellis):
+            options["reconstruction"] = reconstruction
+        return encode(model, coder=coder, seed=seed, budget=budget, progress=progress, **options)
+
+
+@contextlib.contextmanager
+def _full_precision(net: nn.Module) -> Iterator[None]:
+    """Within, no autocast: least squares want float32, whatever precision the caller trains in."""
+    kinds = {t.device.type for t in net.state_dict().values()} | {"cpu"}
+    with contextlib.ExitStack() as stack:
+        for kind in sorted(kinds - {"meta"}):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _packages_first(
+    net: nn.Module, budget: str | int, coder: str | coders.Coder, context: Any, fit_options: dict[str, Any] | None, wanted: bool | None
+) -> bool:
+    """`package_first`, or whether the budget has enough bits for each weight and nothing is asked for that only `fit` can do."""
+    name = coder if isinstance(coder, str) else coder.name
+    others = {"context": context is not None, "fit_options": bool(fit_options)}
+    if wanted and name != "trellis":
+        raise CodingError(f"package_first needs the trellis coder, not {name!r}")
+    if wanted and any(others.values()):
+        raise CodingError(f"package_first does not go with {' and '.join(k for k, given in others.items() if given)}")
+    enough = 8.0 * parse_bytes(budget) >= _BITS_TO_PACKAGE_FIRST * sum(p.numel() for p in net.parameters())
+    return enough and name == "trellis" and not any(others.values()) if wanted is None else wanted
+
+
+def _package_and_tune(
+    net: nn.Module,
+    batches: Iterable,
+    loss: Loss,
+    *,
+    budget: str | int,
+    epochs: float,
+    coder: str | coders.Coder,
+    seed: int,
+    inputs: Any,
+    checkpoint: str | Path | None,
+    progress: bool,
+    **options: Any,
+) -> Archive:
+    """`compress` by packaging first."""
+    coder = coders.Trellis(memory=_MEMORY_TO_TUNE) if isinstance(coder, str) else coder
+    kept = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("encode", "packaged", "tune")}
+    file, settings = kept["packaged"], {"budget_bytes": parse_bytes(budget), "seed": seed, "names": options.get("names")}
+    saved = None if file is None else checkpoints.read(file, stage="packaged", expected=settings)
+    if saved is not None:
+        packaged = bind(parse(saved["archive"].numpy().tobytes()), net)
+    else:
+        packaged = _compress_weights(net, budget=budget, coder=coder, seed=seed, inputs=batches if inputs is None else inputs,
+                                     progress=progress, checkpoint=kept["encode"], **options)  # fmt: skip
+        if file is not None:
+            whole = torch.frombuffer(bytearray(packaged.to_bytes()), dtype=torch.uint8)
+            checkpoints.write(file, {"stage": "packaged", "settings": settings, "archive": whole})
+    info = packaged.info
+    archive = tune(packaged, net, batches, loss, epochs=epochs, seed=seed, checkpoint=kept["tune"], progress=progress)
+    archive.info = {**info, **archive.info}
+    for path in filter(None, kept.values()):
+        checkpoints.remove(path)
+    return archive
