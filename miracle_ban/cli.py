@@ -24,9 +24,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from . import __version__, coders, plots
-from .bits import HuffmanTable, parse_bytes
+from .bits import parse_bytes
 from .compress import compress
-from .container import FIXED_LENGTH, FORMAT_VERSION, Archive, Record, live_count, octaves, prior_std, rates, resolve_kept
+from .container import FORMAT_VERSION, Archive
 from .convert import as_module, convert
 from .decode import open as open_archive
 from .decode import save
@@ -35,6 +35,7 @@ from .errors import MiracleError, MismatchError
 from .files import write_whole
 from .inputs import batches_of
 from .layers import posteriors
+from .listing import bits_table, codeword_bits, label, number_text, shape_text, sizes_text, std_text, table, tensor_rows, totals
 from .load import bind, decode, restore
 from .sources import compare, load_checkpoint, load_data, load_inputs, load_into, load_model, try_batch
 
@@ -90,7 +91,8 @@ def _squeeze(text: str, most: int = 600) -> str:
 
 def _how_to_resume(args: argparse.Namespace) -> str:
     state = getattr(args, "checkpoint", None)
-    written = [] if state is None else [p for p in (Path(f"{state}.fit"), Path(f"{state}.encode")) if p.exists()]
+    stages = () if state is None else ("fit", "encode", "packaged", "tune")
+    written = [p for p in (Path(f"{state}.{stage}") for stage in stages) if p.exists()]
     return f"; the same command resumes from {written[-1]}" if written else ""
 
 
@@ -242,116 +244,6 @@ def _writable(path: Path | None) -> None:
         raise MiracleError(f"cannot write {path}: the folder is not writable")
 
 
-# --- what a file holds -------------------------------------------------------------------------------------------------
-
-
-def _tensor_rows(archive: Archive) -> list[dict[str, Any]]:
-    """One row per tensor; what only the shapes would tell is None where the file carries none."""
-    known = all(r.shape is not None for r in archive.records)
-    live = resolve_kept(archive.records) if known else [None] * len(archive.records)
-    return [_tensor_row(archive, number, r, kept) for number, (r, kept) in enumerate(zip(archive.records, live, strict=True))]
-
-
-def _tensor_row(archive: Archive, number: int, r: Record, live: tuple[int, ...] | None) -> dict[str, Any]:
-    std = [float(s) for s in prior_std(r.prior_codes) if s > 0] if r.kind == "coded" else []
-    bits = int(r.bits) if r.kind == "coded" else 8 * len(r.data)
-    weights = math.prod(r.shape) if r.shape is not None else None
-    row: dict[str, Any] = {
-        "number": number,
-        "name": r.name,
-        "shape": None if r.shape is None else list(r.shape),
-        "kept": list(live) if live is not None and r.kind == "coded" else None,
-        "kind": r.kind,
-        "prior_std": std,
-        "weights": weights,
-        "coded_weights": None if live is None else live_count(r, live) if r.kind == "coded" else 0,
-        "blocks": 0 if r.kind != "coded" else len(r.index) if r.rate is None else max(r.rate.steps, 0),
-        "bits": bits,
-        "bits_per_weight": bits / weights if weights else None,
-    }
-    if r.kind == "alias":
-        row["alias_of"] = archive.records[r.alias].name or f"#{r.alias}"
-    return row
-
-
-def _codeword_bits(archive: Archive) -> np.ndarray:
-    """Bits of every block's codeword; of every step's, for the trellis."""
-    if archive.path is not None:
-        known = [r for r in rates(archive).values() if r.count > 0]
-        return np.concatenate([np.zeros(0), *(np.diff(r.bits_before(np.arange(r.steps + 1))) for r in known)]).astype(np.float64)
-    index = np.concatenate([r.index for r in archive.records if r.kind == "coded"] or [np.zeros(0, np.int64)])
-    if not len(index):
-        return np.zeros(0)
-    if archive.coder in FIXED_LENGTH:
-        return np.full(len(index), float(archive.index_bits or 0))
-    octave = octaves(index)
-    return (HuffmanTable.fit(octave).bits(octave) + octave).astype(np.float64)
-
-
-def _float_bytes(rows: list[dict[str, Any]]) -> int | None:
-    """What the network takes as 32-bit numbers, each tied weight once."""
-    weights = [row["weights"] for row in rows if row["kind"] != "alias"]
-    return None if None in weights else 4 * sum(weights)
-
-
-def _totals(rows: list[dict[str, Any]], file_bytes: int) -> dict[str, Any]:
-    float_bytes = _float_bytes(rows)
-    weights = None if float_bytes is None else float_bytes // 4
-    return {
-        "weights": weights,
-        "float_bytes": float_bytes,
-        "file_bytes": file_bytes,
-        "ratio": float_bytes / file_bytes if float_bytes else None,
-        "bits_per_weight": 8 * file_bytes / weights if weights else None,
-    }
-
-
-# --- text --------------------------------------------------------------------------------------------------------------
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns under their heads, the first `left` flush left and the others flush right; the last row after a rule
-    if its first cell is "total".
-    """
-    widths = [max(len(str(cell)) for cell in column) for column in zip(heads, *rows, strict=True)]
-    rule = "  ".join("-" * w for w in widths)
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = [str(c).ljust(w) if i < left else str(c).rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "  ".join(aligned).rstrip()
-
-    lines = [line(heads), rule, *map(line, rows)]
-    if rows and rows[-1][0] == "total":
-        lines.insert(-1, rule)
-    return "\n".join(lines)
-
-
-def _label(row: dict[str, Any]) -> str:
-    return row["name"] if row["name"] is not None else f"#{row['number']}"
-
-
-def _shape(shape: Sequence[int] | None) -> str:
-    return "?" if shape is None else "x".join(map(str, shape)) or "scalar"
-
-
-def _number(value: float | None, form: str = ",.0f") -> str:
-    return "?" if value is None else format(value, form)
-
-
-def _stds(std: Sequence[float]) -> str:
-    if not std:
-        return "-"
-    return f"{std[0]:.4g}" if min(std) == max(std) else f"{min(std):.3g} to {max(std):.3g}"
-
-
-def _sizes(result: dict[str, Any]) -> str:
-    if result["float_bytes"] is None:
-        return f"file {result['file_bytes']:,} bytes"
-    per_weight = _number(result["bits_per_weight"], ".4f")
-    size = f"float32 {result['float_bytes']:,} bytes, file {result['file_bytes']:,} bytes"
-    return f"{size}: {_number(result['ratio'], ',.1f')} times smaller, {per_weight} bits per weight"
-
-
 # --- commands: each gives its result as plain data; `_show_*` turns that into text ---------------------------------------
 
 
@@ -410,18 +302,18 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
         progress=not args.quiet,
     )
     size = save(archive, args.output)
-    rows = _tensor_rows(archive)
+    rows = tensor_rows(archive)
     info = archive.info
     seconds = {"fit": info.get("fit", {}).get("seconds"), "encode": info.get("seconds"), "tune": info.get("tune", {}).get("seconds")}
     seconds = {k: v for k, v in seconds.items() if v is not None}
-    result = {"file": str(args.output), "tensors": rows, **_totals(rows, size), "stages": seconds, "seconds": sum(seconds.values())}
+    result = {"file": str(args.output), "tensors": rows, **totals(rows, size), "stages": seconds, "seconds": sum(seconds.values())}
     measured = batches_of(context) if context is not None else batches if batches is not None else inputs
     if measured is not None:
         other = copy.deepcopy(net)
         restore(other, decode(archive, other))
         result["quality"] = compare(net, other, measured, None if context is not None else loss)
     if args.report is not None:
-        report = {**archive.info, "tensors": rows, "codeword_bits": _codeword_bits(archive).tolist(), "file": str(args.output)}
+        report = {**archive.info, "tensors": rows, "codeword_bits": codeword_bits(archive).tolist(), "file": str(args.output)}
         write_whole(args.report, json.dumps(_finite(report), allow_nan=False).encode())
         result["report"] = str(args.report)
     return result
@@ -434,18 +326,10 @@ _QUALITY = {
 
 
 def _show_compress(result: dict[str, Any]) -> str:
-    text = _bits_table(result["tensors"], result)
+    text = bits_table(result["tensors"], result)
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result["stages"].items())
     quality = "".join(f"{_QUALITY[name]} {value:.4g}\n" for name, value in result.get("quality", {}).items())
-    return f"{text}\n\n{_sizes(result)}\n{quality}{stages}\n{result['file']}"
-
-
-def _bits_table(tensors: list[dict[str, Any]], totals: dict[str, Any]) -> str:
-    rows = [(_label(t), _number(t["weights"]), f"{t['bits']:,}", _number(t["bits_per_weight"], ".4f")) for t in tensors]
-    other = 8 * totals["file_bytes"] - sum(t["bits"] for t in tensors)
-    rows.append(("header, prior scales, names", "", f"{other:,}", ""))
-    rows.append(("total", _number(totals["weights"]), f"{8 * totals['file_bytes']:,}", _number(totals["bits_per_weight"], ".4f")))
-    return table(("tensor", "weights", "bits", "bits/weight"), rows)
+    return f"{text}\n\n{sizes_text(result)}\n{quality}{stages}\n{result['file']}"
 
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
@@ -454,7 +338,7 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     if args.model:
         bind(archive, load_model(args.model))
     size = args.file.stat().st_size
-    rows = _tensor_rows(archive)
+    rows = tensor_rows(archive)
     return {
         "file": str(args.file),
         "format_version": FORMAT_VERSION,
@@ -462,7 +346,7 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         "seed": archive.seed,
         "names": carried,
         "fingerprint": f"{archive.fingerprint:04x}",
-        **_totals(rows, size),
+        **totals(rows, size),
         "blocks": sum(row["blocks"] for row in rows),
         "tensors": rows,
     }
@@ -476,22 +360,22 @@ def _show_inspect(result: dict[str, Any]) -> str:
     )
     rows = [
         (
-            _label(t),
-            _shape(t["shape"]),
-            "-" if t["kind"] != "coded" else _shape(t["kept"]),
+            label(t),
+            shape_text(t["shape"]),
+            "-" if t["kind"] != "coded" else shape_text(t["kept"]),
             t["kind"] if t["kind"] != "alias" else f"= {t['alias_of']}",
-            _stds(t["prior_std"]),
-            _number(t["blocks"]),
+            std_text(t["prior_std"]),
+            number_text(t["blocks"]),
             f"{t['bits']:,}",
-            _number(t["bits_per_weight"], ".4f"),
+            number_text(t["bits_per_weight"], ".4f"),
         )
         for t in result["tensors"]
     ]
     bits = sum(t["bits"] for t in result["tensors"])
     weights = result["weights"]
-    rows.append(("total", "", "", "", "", f"{result['blocks']:,}", f"{bits:,}", _number(bits / weights if weights else None, ".4f")))
+    rows.append(("total", "", "", "", "", f"{result['blocks']:,}", f"{bits:,}", number_text(bits / weights if weights else None, ".4f")))
     text = table(("tensor", "shape", "kept", "kind", "prior std", "blocks", "bits", "bits/weight"), rows, left=4)
-    return f"{head}\n\n{text}\n\n{_sizes(result)}"
+    return f"{head}\n\n{text}\n\n{sizes_text(result)}"
 
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:
@@ -546,17 +430,17 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
     original = load_checkpoint(args.source)
     if args.model:
         original = _as_coded(load_into(load_model(args.model), original, str(args.source)))
-    rows = _tensor_rows(archive)
+    rows = tensor_rows(archive)
     for row in rows:
         name = row["name"]
         if name not in original or original[name].shape != decoded[name].shape:
-            have = "has no such tensor" if name not in original else f"has it as {_shape(original[name].shape)}"
-            raise MiracleError(f"{args.file} holds {name} of shape {_shape(row['shape'])}, but {args.source} {have}")
+            have = "has no such tensor" if name not in original else f"has it as {shape_text(original[name].shape)}"
+            raise MiracleError(f"{args.file} holds {name} of shape {shape_text(row['shape'])}, but {args.source} {have}")
         row["relative_rms_error"] = _relative_rms(decoded[name], original[name])
         row["narrowed"] = row["kept"] is not None and row["kept"] != row["shape"]
     size = args.file.stat().st_size
     folded = any(r.kind == "constant" for r in archive.records) and not args.model
-    return {"file": str(args.file), "checkpoint": str(args.source), "tensors": rows, "folded": folded, **_totals(rows, size)}
+    return {"file": str(args.file), "checkpoint": str(args.source), "tensors": rows, "folded": folded, **totals(rows, size)}
 
 
 def _as_coded(model: nn.Module) -> dict[str, Tensor]:
@@ -575,10 +459,10 @@ def _relative_rms(decoded: Tensor, original: Tensor) -> float | None:
 def _show_compare(result: dict[str, Any]) -> str:
     rows = [
         (
-            _label(t) + (" *" if t["narrowed"] else ""),
-            _shape(t["shape"]),
-            _number(t["bits_per_weight"], ".4f"),
-            _number(t["relative_rms_error"], ".4f"),
+            label(t) + (" *" if t["narrowed"] else ""),
+            shape_text(t["shape"]),
+            number_text(t["bits_per_weight"], ".4f"),
+            number_text(t["relative_rms_error"], ".4f"),
         )
         for t in result["tensors"]
     ]
@@ -588,7 +472,7 @@ def _show_compare(result: dict[str, Any]) -> str:
     if result["folded"]:
         notes.append("BatchNorm was folded into the layers before it: with --model the checkpoint is folded alike before comparing")
     text = table(("tensor", "shape", "bits/weight", "relative RMS error"), rows, left=2)
-    return "\n".join([text, *notes, "", _sizes(result)])
+    return "\n".join([text, *notes, "", sizes_text(result)])
 
 
 def _plot(args: argparse.Namespace) -> dict[str, Any]:
@@ -608,9 +492,9 @@ def _plot_item(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         return {"kind": "report", "file": str(path), "info": _report(path)}
     archive = _open(args, path)
-    rows = _tensor_rows(archive)
-    codewords = [round(float(b), 3) for b in _codeword_bits(archive)]
-    return {"kind": "archive", "file": str(path), "tensors": rows, "codeword_bits": codewords, **_totals(rows, path.stat().st_size)}
+    rows = tensor_rows(archive)
+    codewords = [round(float(b), 3) for b in codeword_bits(archive)]
+    return {"kind": "archive", "file": str(path), "tensors": rows, "codeword_bits": codewords, **totals(rows, path.stat().st_size)}
 
 
 def _result_lines(path: Path) -> list[dict[str, Any]]:
@@ -649,8 +533,8 @@ def _drawing(item: dict[str, Any]) -> tuple[plots.Drawing, float]:
     if item["kind"] == "report":
         tensors = item["info"].get("tensors") or item["info"]["fit"].get("kl_bits_by_tensor") or ()
         return partial(plots.draw_report, title=title, info=item["info"]), 3.2 + plots.archive_height(len(tensors))
-    names, bits = [_label(t) for t in item["tensors"]], [t["bits"] for t in item["tensors"]]
-    heading, words = f"{title}: {_sizes(item)}", np.array(item["codeword_bits"])
+    names, bits = [label(t) for t in item["tensors"]], [t["bits"] for t in item["tensors"]]
+    heading, words = f"{title}: {sizes_text(item)}", np.array(item["codeword_bits"])
     draw = partial(plots.draw_archive, title=heading, names=names, bits=bits, codeword_bits=words)
     return draw, plots.archive_height(len(names))
 
@@ -666,10 +550,10 @@ def _plot_table(item: dict[str, Any]) -> str:
         rows = [(str(v["coder"]), str(v["seed"]), f"{v['bytes']:,.0f}", f"{v['error']:.2f}") for v in lines]
         return table(("coder", "seed", "bytes", "error, %"), rows)
     if item["kind"] == "archive":
-        return _bits_table(item["tensors"], item)
+        return bits_table(item["tensors"], item)
     info = item["info"]
     fit = info.get("fit") or {}
     kl_bits = fit.get("kl_bits_by_tensor", {})
     coded = {t["name"]: t["bits"] for t in info.get("tensors", ())}
-    cells = [(str(name), _number(kl_bits.get(name), ",.1f"), _number(coded.get(name))) for name in coded or kl_bits]
+    cells = [(str(name), number_text(kl_bits.get(name), ",.1f"), number_text(coded.get(name))) for name in coded or kl_bits]
     return table(("tensor", "KL after fit, bits", "bits in the file"), cells)

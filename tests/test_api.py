@@ -24,7 +24,7 @@ ORDER = [
     "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "load", "distributed",
     "gaussian", "coders", "layers", "structure", "convert", "inputs", "teaching", "reconstruct", "ban", "recursion", "plan", "objective",
     "checkpoint", "feed", "train", "penalty", "packing", "block_packing", "trellis_packing", "tune", "encode", "compress", "hub", "sources",
-    "plots", "demo", "cli",
+    "plots", "demo", "listing", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}
 

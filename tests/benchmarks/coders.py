@@ -25,9 +25,9 @@ import torch
 import miracle_ban
 from miracle_ban import coders, trellis
 from miracle_ban.bits import NATS_PER_BIT
-from miracle_ban.cli import table
 from miracle_ban.coders.base import Codebook
 from miracle_ban.layers import posteriors
+from miracle_ban.listing import table
 
 Row = dict[str, Any]
 TOP = Path(__file__).parents[2]
