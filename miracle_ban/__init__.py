@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .decode import decode_array, decode_arrays, open, save
     from .encode import encode
     from .errors import MiracleError
+    from .harden import harden
     from .hub import fetch, load_pretrained
     from .layers import kl
     from .load import decode, load
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BayesianAttention", "FitReport", "MiracleError", "Penalty", "__version__", "compress", "convert", "decode", "decode_array",
-    "decode_arrays", "encode", "fetch", "fit", "kl", "load", "load_pretrained", "open", "save", "tune",
+    "decode_arrays", "encode", "fetch", "fit", "harden", "kl", "load", "load_pretrained", "open", "save", "tune",
 ]  # fmt: skip
 
 _NAMES = {
@@ -43,6 +44,7 @@ _NAMES = {
     "decode": ["decode_array", "decode_arrays", "open", "save"],
     "encode": ["encode"],
     "errors": ["MiracleError"],
+    "harden": ["harden"],
     "hub": ["fetch", "load_pretrained"],
     "layers": ["kl"],
     "load": ["decode", "load"],

@@ -91,7 +91,7 @@ def _squeeze(text: str, most: int = 600) -> str:
 
 def _how_to_resume(args: argparse.Namespace) -> str:
     state = getattr(args, "checkpoint", None)
-    stages = () if state is None else ("fit", "encode", "packaged", "tune")
+    stages = () if state is None else ("fit", "harden", "encode", "packaged", "tune")
     written = [p for p in (Path(f"{state}.{stage}") for stage in stages) if p.exists()]
     return f"; the same command resumes from {written[-1]}" if written else ""
 
@@ -161,6 +161,8 @@ def _add_compress(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--budget", required=True, metavar="SIZE", help='of the whole file: bytes, "20 kB", "3 MB"')
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mban")
     command.add_argument("--epochs", type=_positive, default=30.0, help="passes over the data in training (default 30)")
+    harden = "passes before packaging, under the noise that the code brings: some twenty or none (default 0)"
+    command.add_argument("--harden-epochs", type=_positive, default=0.0, metavar="EPOCHS", help=harden)
     command.add_argument("--coder", choices=tuple(coders.IDS), default="trellis", help="default %(default)s")
     command.add_argument("--seed", type=_seed, default=0, help="of training and of the file's randomness")
     command.add_argument("--checkpoint", type=Path, metavar="STATE", help="keep the state in STATE.encode and others, to resume from")
@@ -295,6 +297,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
         context=context,
         budget=args.budget,
         epochs=args.epochs,
+        harden_epochs=args.harden_epochs,
         coder=args.coder,
         seed=args.seed,
         checkpoint=args.checkpoint,
@@ -304,7 +307,8 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     size = save(archive, args.output)
     rows = tensor_rows(archive)
     info = archive.info
-    seconds = {"fit": info.get("fit", {}).get("seconds"), "encode": info.get("seconds"), "tune": info.get("tune", {}).get("seconds")}
+    seconds = {k: info.get(k, {}).get("seconds") for k in ("fit", "harden")}
+    seconds |= {"encode": info.get("seconds"), "tune": info.get("tune", {}).get("seconds")}
     seconds = {k: v for k, v in seconds.items() if v is not None}
     result = {"file": str(args.output), "tensors": rows, **totals(rows, size), "stages": seconds, "seconds": sum(seconds.values())}
     measured = batches_of(context) if context is not None else batches if batches is not None else inputs

@@ -1,11 +1,12 @@
 """The whole of it in one call: a trained network becomes an archive, by what its user can give.
 
-Leans on `encode`, `tune`, `train` and `reconstruct`.
+Leans on `encode`, `tune`, `harden`, `train` and `reconstruct`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from .container import Archive, parse
 from .convert import as_module, convert
 from .encode import encode
 from .errors import CodingError, MiracleWarning
+from .harden import harden
 from .inputs import batches_of, made_for
 from .load import bind
 from .plan import carries_names, side_bits, skeleton
@@ -31,6 +33,8 @@ from .tune import tune
 
 _BITS_TO_PACKAGE_FIRST = 0.5  # a weight; by hand, between a ResNet-20 in 40,000 bytes (1.2) and LeNet-5 in 1,140 (0.02)
 _MEMORY_TO_TUNE = 12  # the path is searched some hundred times
+_LEAST_RATE = 0.3  # bits a weight of a tensor that is hardened; below, hardly anything is left of it
+_PART = float(__import__("os").environ.get("PART", "1"))
 
 
 @torch.enable_grad()
@@ -41,6 +45,7 @@ def compress(
     *,
     budget: str | int,
     epochs: float = 30.0,
+    harden_epochs: float = 0.0,
     coder: str | coders.Coder = "trellis",
     seed: int = 0,
     inputs: Any = None,
@@ -66,6 +71,8 @@ def compress(
         loss: `loss(outputs, targets)` -> mean negative log-likelihood of the batch, nats.
         budget: size of the whole file, bytes or text such as "20 kB".
         epochs: passes over `batches`, in `fit` or in `tune`.
+        harden_epochs: passes before a network is packaged first, under the noise that its code is going to bring (`harden`); the network
+            is trained anew at a large rate, so give it some twenty or none.
         coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README).
         seed: as in `encode`.
         inputs: without `batches`: a tensor of examples, or an iterable of batches (labels are ignored), 1,024 examples at most
@@ -75,12 +82,14 @@ def compress(
         where, per_unit: as in `convert`.
         package_first: with `batches`: package, then tune, instead of training posteriors and packaging them; default if the budget has
             half a bit or more for each weight, the coder is the trellis and neither `context` nor `fit_options` are given.
-        checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit", ".encode", ".packaged" and ".tune".
+        checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit", ".harden", ".encode",
+            ".packaged" and ".tune".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
         progress: show progress bars on stderr.
 
     Returns:
-        The archive; `archive.info["fit"]` is the `FitReport` as a dictionary, `archive.info["tune"]` what `tune` says.
+        The archive; `archive.info["fit"]` is the `FitReport` as a dictionary, `archive.info["tune"]` and
+        `archive.info["harden"]` what those say.
 
     Raises:
         MiracleError: see `convert`, `fit` and `encode`.
@@ -94,18 +103,24 @@ def compress(
         net = as_module(net)
         named = (encode_options or {}).get("names")
         encode_options = {**(encode_options or {}), "names": True if named is None else named}
+    if not (math.isfinite(harden_epochs) and harden_epochs >= 0):
+        raise CodingError(f"harden_epochs must be zero or positive, not {harden_epochs}")
     if batches is None or loss is None:
         if batches is not None or loss is not None:
             raise CodingError("batches and loss come together: compress(net, loader, F.cross_entropy, budget=...), or neither")
         if context is not None:
             raise CodingError("context needs a training set: compress(net, loader, loss, context=inputs, budget=...)")
+        if harden_epochs:
+            raise CodingError("harden_epochs needs a training set: compress(net, loader, loss, harden_epochs=..., budget=...)")
         options = {"inputs": inputs, "where": where, "progress": progress, **(encode_options or {})}
         if checkpoint is not None:
             options["checkpoint"] = Path(f"{checkpoint}.encode")
         return _compress_weights(net, budget=budget, coder=coder, seed=seed, **options)
     if _packages_first(net, budget, coder, context, fit_options, package_first):
-        return _package_and_tune(net, batches, loss, budget=budget, epochs=epochs, coder=coder, seed=seed, inputs=inputs, where=where,
-                                 checkpoint=checkpoint, progress=progress, **(encode_options or {}))  # fmt: skip
+        return _package_and_tune(net, batches, loss, budget=budget, epochs=epochs, harden_epochs=harden_epochs, coder=coder, seed=seed,
+                                 inputs=inputs, where=where, checkpoint=checkpoint, progress=progress, **(encode_options or {}))  # fmt: skip
+    if harden_epochs:
+        raise CodingError("harden_epochs is for a network that is packaged first: see package_first")
     model = convert(net, where=where, per_unit=per_unit)
     stage = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("fit", "encode")}
     common: dict[str, Any] = {"coder": coder, "seed": seed, "progress": progress}
@@ -137,22 +152,44 @@ def _compress_weights(
 ) -> Archive:
     """`compress` without training data."""
     with _full_precision(net):
-        with seeded(seed, torch.device("cpu")):  # a loader may shuffle
-            batches = made_for(net, seed=seed, progress=progress) if inputs is None else batches_of(inputs)
-        if not batches and type(net) is not nn.Module:
-            text = "no random input fits this network: give `inputs`, a batch, so that layers can be measured and corrected"
-            warnings.warn(text, MiracleWarning, stacklevel=3)
-        model = convert(net, where=where, per_unit=True)
-        coder = coders.get(coder) if isinstance(coder, str) else coder
-        budget_bits = 8.0 * parse_bytes(budget)
-        coder = coder.settled(BLOCK_BITS, budget_bits)
-        names = carries_names(options.get("names"), model, budget_bits)
-        goal = index_budget_bits(parse_bytes(budget), side_bits(skeleton(model, coder=coder, seed=seed, names=names)))
-        reconstruction = Reconstruction(model, batches)
-        reconstruction.plan(goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), seed=seed)
+        model, coder, reconstruction = _planned(net, budget, coder, seed, inputs, where, options.get("names"), progress)
         if isinstance(coder, coders.Trellis):
             options["reconstruction"] = reconstruction
         return encode(model, coder=coder, seed=seed, budget=budget, progress=progress, **options)
+
+
+def _planned(
+    net: nn.Module,
+    budget: str | int,
+    coder: str | coders.Coder,
+    seed: int,
+    inputs: Any,
+    where: Callable[[str, nn.Module], bool] | None,
+    names: bool | None,
+    progress: bool,
+) -> tuple[nn.Module, coders.Coder, Reconstruction]:
+    """The converted network with posteriors for the budget, the coder and what the posteriors come from."""
+    with seeded(seed, torch.device("cpu")):  # a loader may shuffle
+        batches = made_for(net, seed=seed, progress=progress) if inputs is None else batches_of(inputs)
+    if not batches and type(net) is not nn.Module:
+        text = "no random input fits this network: give `inputs`, a batch, so that layers can be measured and corrected"
+        warnings.warn(text, MiracleWarning, stacklevel=4)
+    model = convert(net, where=where, per_unit=True)
+    coder = coders.get(coder) if isinstance(coder, str) else coder
+    budget_bits = 8.0 * parse_bytes(budget)
+    coder = coder.settled(BLOCK_BITS, budget_bits)
+    with_names = carries_names(names, model, budget_bits)
+    goal = index_budget_bits(parse_bytes(budget), side_bits(skeleton(model, coder=coder, seed=seed, names=with_names)))
+    reconstruction = Reconstruction(model, batches)
+    reconstruction.plan(goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), seed=seed)
+    return model, coder, reconstruction
+
+
+def _noise(plan: Reconstruction, net: nn.Module) -> dict[str, float]:
+    """Variance of the noise over that of the weights, for each matrix or kernel of `net`: v / (1 - v), v = 2^-2R, of the prior's."""
+    count = {name: p.numel() for name, p in net.named_parameters() if p.dim() > 1}
+    rate = {name: bits / count[name] for name, bits in plan.kl_bits.items() if name in count}
+    return {name: _PART / (2.0 ** (2.0 * r) - 1.0) for name, r in rate.items() if r > _LEAST_RATE}
 
 
 @contextlib.contextmanager
@@ -186,6 +223,7 @@ def _package_and_tune(
     *,
     budget: str | int,
     epochs: float,
+    harden_epochs: float,
     coder: str | coders.Coder,
     seed: int,
     inputs: Any,
@@ -195,20 +233,29 @@ def _package_and_tune(
 ) -> Archive:
     """`compress` by packaging first."""
     coder = coders.Trellis(memory=_MEMORY_TO_TUNE) if isinstance(coder, str) else coder
-    kept = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("encode", "packaged", "tune")}
-    file, settings = kept["packaged"], {"budget_bytes": parse_bytes(budget), "seed": seed, "names": options.get("names")}
+    kept = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("harden", "encode", "packaged", "tune")}
+    file, settings = kept["packaged"], {
+        "budget_bytes": parse_bytes(budget), "seed": seed, "names": options.get("names"), "harden_epochs": harden_epochs,
+    }  # fmt: skip
     saved = None if file is None else checkpoints.read(file, stage="packaged", expected=settings)
+    course = {}
     if saved is not None:
         packaged = bind(parse(saved["archive"].numpy().tobytes()), net)
     else:
-        packaged = _compress_weights(net, budget=budget, coder=coder, seed=seed, inputs=batches if inputs is None else inputs,
+        seen = batches if inputs is None else inputs
+        if harden_epochs:
+            with _full_precision(net):
+                _, _, plan = _planned(net, budget, coder, seed, seen, options.get("where"), options.get("names"), progress)
+            net, course["harden"] = harden(net, batches, loss, noise=_noise(plan, net), epochs=harden_epochs, seed=seed,
+                                           checkpoint=kept["harden"], progress=progress)  # fmt: skip
+        packaged = _compress_weights(net, budget=budget, coder=coder, seed=seed, inputs=seen,
                                      progress=progress, checkpoint=kept["encode"], **options)  # fmt: skip
         if file is not None:
             whole = torch.frombuffer(bytearray(packaged.to_bytes()), dtype=torch.uint8)
             checkpoints.write(file, {"stage": "packaged", "settings": settings, "archive": whole})
     info = packaged.info
     archive = tune(packaged, net, batches, loss, epochs=epochs, seed=seed, checkpoint=kept["tune"], progress=progress)
-    archive.info = {**info, **archive.info}
+    archive.info = {**course, **info, **archive.info}
     for path in filter(None, kept.values()):
         checkpoints.remove(path)
     return archive

@@ -31,6 +31,7 @@ from .container import Archive, prior_std, rates, resolve_kept
 from .decode import stored_array
 from .errors import CodingError, MiracleError
 from .feed import Feed
+from .harden import warm_cosine
 from .load import decode, restore
 from .train import Loss, seeded
 from .trellis import RATE_UNIT
@@ -39,7 +40,6 @@ LEARNING_RATE = 1.5e-2  # of Adam, in units of the code's noise
 STEPS_PER_SEARCH = 40
 _WINDOW, _SHIFTS = 4 * RATE_UNIT, 4  # steps that are searched at once; places in turn where windows begin, so that all states get to move
 _CALM = 0.02  # of a wish's distance from its weight, after each search
-_WARM_UP = 0.02  # share of the steps
 _BETAS = (0.9, 0.99)
 
 
@@ -115,7 +115,7 @@ def tune(
         with tqdm(total=steps, initial=done, disable=not progress, file=sys.stderr, desc="tune", unit="step") as bar:
             while done < steps:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * _schedule(done / steps)
+                    group["lr"] = learning_rate * warm_cosine(done / steps)
                 inputs, targets = feed.next()
                 value = loss(model(inputs), targets)
                 model.zero_grad(set_to_none=True)
@@ -148,11 +148,6 @@ def tune(
     distributed.check_same(zlib.crc32(archive.to_bytes()), "checksum of the archive")
     archive.info["tune"] = {"steps": steps, "seconds": time.monotonic() - started, "history": history}
     return archive
-
-
-def _schedule(part: float) -> float:
-    """Learning rate over the largest when `part` of the steps is done."""
-    return min((part + 1e-3) / _WARM_UP, 0.5 * (1.0 + math.cos(math.pi * part)))
 
 
 @dataclass

@@ -75,8 +75,8 @@ def untrained(folder: Path, checkpoint: Path | None) -> None:
 
 
 def tuned(folder: Path, checkpoint: Path | None) -> None:
-    """Packaged, then trained inside the file."""
-    options = {"budget": 200, "epochs": 40, "coder": TRELLIS, "checkpoint": checkpoint, **QUIET}
+    """Hardened, packaged, then trained inside the file."""
+    options = {"budget": 200, "epochs": 40, "harden_epochs": 10, "coder": TRELLIS, "checkpoint": checkpoint, **QUIET}
     archive = miracle_ban.compress(network(), loader(), F.cross_entropy, **options)
     miracle_ban.save(archive, folder / FILE)
 

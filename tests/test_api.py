@@ -23,8 +23,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "load", "distributed",
     "gaussian", "coders", "layers", "structure", "convert", "inputs", "teaching", "reconstruct", "ban", "recursion", "plan", "objective",
-    "checkpoint", "feed", "train", "penalty", "packing", "block_packing", "trellis_packing", "tune", "encode", "compress", "hub", "sources",
-    "plots", "demo", "listing", "cli",
+    "checkpoint", "feed", "train", "harden", "penalty", "packing", "block_packing", "trellis_packing", "tune", "encode", "compress", "hub",
+    "sources", "plots", "demo", "listing", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}
 
@@ -34,6 +34,7 @@ SIGNATURES = {
     "fit": ["model", "batches", "loss", "*", "budget", "epochs"],
     "encode": ["model", "batches", "loss", "*", "coder", "seed"],
     "compress": ["net", "batches", "loss", "*", "budget"],
+    "harden": ["net", "batches", "loss", "*", "noise", "epochs"],
     "tune": ["archive", "net", "batches", "loss", "*", "epochs"],
     "save": ["archive", "path"],
     "open": ["path"],
