@@ -75,8 +75,8 @@ def compress(
             is trained anew at a large rate, so give it some twenty or none.
         coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README).
         seed: as in `encode`.
-        inputs: without `batches`: a tensor of examples, or an iterable of batches (labels are ignored), 1,024 examples at most
-            are used; default inputs made up to fit the network's BatchNorms (`inputs`).
+        inputs: to package without training, or before tuning: a tensor of examples, or an iterable of batches (labels are ignored),
+            1,024 examples at most are used; default those of `batches`, or inputs made up to fit the network's BatchNorms (`inputs`).
         context: with `batches`: inputs of the context that the file is for, as in `encode`; trains with attention, on random sets
             of the classes unless `fit_options` gives an `attention`. For several packages of one training, call `fit` and `encode`.
         where, per_unit: as in `convert`.
@@ -117,8 +117,10 @@ def compress(
             options["checkpoint"] = Path(f"{checkpoint}.encode")
         return _compress_weights(net, budget=budget, coder=coder, seed=seed, **options)
     if _packages_first(net, budget, coder, context, fit_options, package_first):
-        return _package_and_tune(net, batches, loss, budget=budget, epochs=epochs, harden_epochs=harden_epochs, coder=coder, seed=seed,
-                                 inputs=inputs, where=where, checkpoint=checkpoint, progress=progress, **(encode_options or {}))  # fmt: skip
+        options = {"inputs": inputs, "where": where, "checkpoint": checkpoint, "progress": progress, **(encode_options or {})}
+        return _package_and_tune(
+            net, batches, loss, budget=budget, epochs=epochs, harden_epochs=harden_epochs, coder=coder, seed=seed, **options
+        )
     if harden_epochs:
         raise CodingError("harden_epochs is for a network that is packaged first: see package_first")
     model = convert(net, where=where, per_unit=per_unit)
@@ -234,9 +236,8 @@ def _package_and_tune(
     """`compress` by packaging first."""
     coder = coders.Trellis(memory=_MEMORY_TO_TUNE) if isinstance(coder, str) else coder
     kept = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("harden", "encode", "packaged", "tune")}
-    file, settings = kept["packaged"], {
-        "budget_bytes": parse_bytes(budget), "seed": seed, "names": options.get("names"), "harden_epochs": harden_epochs,
-    }  # fmt: skip
+    file, settings = kept["packaged"], {"budget_bytes": parse_bytes(budget), "seed": seed, "names": options.get("names")}
+    settings["harden_epochs"] = harden_epochs
     saved = None if file is None else checkpoints.read(file, stage="packaged", expected=settings)
     course = {}
     if saved is not None:

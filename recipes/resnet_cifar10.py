@@ -4,9 +4,9 @@
     python recipes/resnet_cifar10.py --depth 20 --level inputs --budget 40kB --data ../data
     python recipes/resnet_cifar10.py --depth 20 --level data --budget 40kB --data ../data
 
-Level "weights" sees the weights alone; "inputs" also 1,024 training images without labels; "data" packages with such images and
-then tunes the file on the training images (augmented; half the loss is distillation from the float network). Decodes the file in
-a fresh process, reports top-1 and the agreement with the float network on the first 5,000 test images, and appends one line to
+Level "weights" sees the weights alone; "inputs" also 1,024 training images without labels; "data" trains on the training images
+(augmented) under the noise that the code is going to bring, packages, and tunes the file on them. Decodes the file in a fresh
+process, reports top-1 and the agreement with the float network on the first 5,000 test images, and appends one line to
 `recipes/results/resnet_cifar10.jsonl`. Nothing is chosen on the test split; the last 5,000 training images are never trained on
 here (but the float networks were trained on them). The float networks are `cifar10-resnets/resnet*.safetensors` in the data
 folder: the checkpoints of github.com/akamaster/pytorch_resnet_cifar10 without their prefix `module.`.
@@ -33,7 +33,7 @@ import miracle_ban.coders
 from miracle_ban.bits import parse_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Scored, append_result, cifar10, data_root, distilled, weights_digest
+from common import append_result, cifar10, data_root, weights_digest
 
 INPUT_MEAN, INPUT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, PAD = 128, 4
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--level", default="weights", choices=LEVELS)
     parser.add_argument("--budget", default="50 kB", help="bytes of the whole file, or text such as '40 kB'")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--harden-epochs", type=float, default=40, help="of training under noise, level data")
     parser.add_argument("--epochs", type=float, default=12, help="of tuning, level data")
     parser.add_argument("--float32", dest="bfloat16", action="store_false", help="train in float32; default bfloat16 where it is enough")
     parser.add_argument("--data", help="folder that holds cifar10/ and cifar10-resnets/; default $MIRACLE_BAN_DATA, else ./data")
@@ -172,12 +173,13 @@ def main() -> None:
     options = {"budget": args.budget, "seed": args.seed}
     if args.smoke:
         options["coder"] = miracle_ban.coders.get("trellis", memory=8)
+    inputs = None if args.level == "weights" else normalised(data["train"][0][: 64 if args.smoke else 1024])
     if args.level == "data":
-        batches, loss = Scored(Augmented(*(v[: 2 * BATCH] if args.smoke else v for v in data["train"])), net), distilled(0.5)
+        batches = Augmented(*(v[: 2 * BATCH] if args.smoke else v for v in data["train"]))
+        options |= {"harden_epochs": args.harden_epochs, "epochs": args.epochs, "checkpoint": stem, "inputs": inputs}
         with torch.autocast("cpu", torch.bfloat16) if args.bfloat16 else contextlib.nullcontext():
-            archive = miracle_ban.compress(net, batches, loss, epochs=args.epochs, checkpoint=stem, **options)
+            archive = miracle_ban.compress(net, batches, F.cross_entropy, **options)
     else:
-        inputs = None if args.level == "weights" else normalised(data["train"][0][: 64 if args.smoke else 1024])
         archive = miracle_ban.compress(net, inputs=inputs, **options)
     seconds = time.monotonic() - started
     size = miracle_ban.save(archive, output)
@@ -188,7 +190,7 @@ def main() -> None:
         raise SystemExit("a fresh process decoded other weights")
     words = [f"--depth {args.depth} --level {args.level} --budget {args.budget} --seed {args.seed}"]
     if args.level == "data":
-        words.append(f"--epochs {args.epochs:g}")
+        words.append(f"--harden-epochs {args.harden_epochs:g} --epochs {args.epochs:g}")
     line = {
         "task": f"ResNet-{args.depth} on CIFAR-10", "level": args.level, "bytes": size, **checked,
         "validation_top1": validation["top1"], "validation_score_error": validation["score_error"],
