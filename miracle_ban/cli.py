@@ -161,8 +161,6 @@ def _add_compress(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--budget", required=True, metavar="SIZE", help='of the whole file: bytes, "20 kB", "3 MB"')
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mban")
     command.add_argument("--epochs", type=_positive, default=30.0, help="passes over the data in training (default 30)")
-    harden = "passes before packaging, under the noise that the code brings: some twenty or none (default 0)"
-    command.add_argument("--harden-epochs", type=_positive, default=0.0, metavar="EPOCHS", help=harden)
     command.add_argument("--coder", choices=tuple(coders.IDS), default="trellis", help="default %(default)s")
     command.add_argument("--seed", type=_seed, default=0, help="of training and of the file's randomness")
     command.add_argument("--checkpoint", type=Path, metavar="STATE", help="keep the state in STATE.encode and others, to resume from")
@@ -297,7 +295,6 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
         context=context,
         budget=args.budget,
         epochs=args.epochs,
-        harden_epochs=args.harden_epochs,
         coder=args.coder,
         seed=args.seed,
         checkpoint=args.checkpoint,

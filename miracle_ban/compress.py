@@ -6,7 +6,6 @@ Leans on `encode`, `tune`, `harden`, `train` and `reconstruct`.
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -33,8 +32,8 @@ from .tune import tune
 
 _BITS_TO_PACKAGE_FIRST = 0.5  # a weight; by hand, between a ResNet-20 in 40,000 bytes (1.2) and LeNet-5 in 1,140 (0.02)
 _MEMORY_TO_TUNE = 12  # the path is searched some hundred times
+_EPOCHS_TO_HARDEN = 20.0
 _LEAST_RATE = 0.3  # bits a weight of a tensor that is hardened; below, hardly anything is left of it
-_PART = float(__import__("os").environ.get("PART", "1"))
 
 
 @torch.enable_grad()
@@ -45,7 +44,6 @@ def compress(
     *,
     budget: str | int,
     epochs: float = 30.0,
-    harden_epochs: float = 0.0,
     coder: str | coders.Coder = "trellis",
     seed: int = 0,
     inputs: Any = None,
@@ -53,6 +51,7 @@ def compress(
     where: Callable[[str, nn.Module], bool] | None = None,
     per_unit: bool = False,
     package_first: bool | None = None,
+    hardened: bool | None = None,
     checkpoint: str | Path | None = None,
     fit_options: dict[str, Any] | None = None,
     encode_options: dict[str, Any] | None = None,
@@ -70,9 +69,7 @@ def compress(
         batches: iterable of (inputs, targets): the training set; None if there is none.
         loss: `loss(outputs, targets)` -> mean negative log-likelihood of the batch, nats.
         budget: size of the whole file, bytes or text such as "20 kB".
-        epochs: passes over `batches`, in `fit` or in `tune`.
-        harden_epochs: passes before a network is packaged first, under the noise that its code is going to bring (`harden`); the network
-            is trained anew at a large rate, so give it some twenty or none.
+        epochs: passes over `batches`, in `fit`, `harden` or `tune`.
         coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README).
         seed: as in `encode`.
         inputs: to package without training, or before tuning: a tensor of examples, or an iterable of batches (labels are ignored),
@@ -82,6 +79,8 @@ def compress(
         where, per_unit: as in `convert`.
         package_first: with `batches`: package, then tune, instead of training posteriors and packaging them; default if the budget has
             half a bit or more for each weight, the coder is the trellis and neither `context` nor `fit_options` are given.
+        hardened: of a network that is packaged first: train it before, under the noise that its code is going to bring (`harden`),
+            and not inside its file. It is trained anew at a large rate; default if it has BatchNorms and there are twenty epochs or more.
         checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit", ".harden", ".encode",
             ".packaged" and ".tune".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
@@ -103,26 +102,25 @@ def compress(
         net = as_module(net)
         named = (encode_options or {}).get("names")
         encode_options = {**(encode_options or {}), "names": True if named is None else named}
-    if not (math.isfinite(harden_epochs) and harden_epochs >= 0):
-        raise CodingError(f"harden_epochs must be zero or positive, not {harden_epochs}")
     if batches is None or loss is None:
         if batches is not None or loss is not None:
             raise CodingError("batches and loss come together: compress(net, loader, F.cross_entropy, budget=...), or neither")
         if context is not None:
             raise CodingError("context needs a training set: compress(net, loader, loss, context=inputs, budget=...)")
-        if harden_epochs:
-            raise CodingError("harden_epochs needs a training set: compress(net, loader, loss, harden_epochs=..., budget=...)")
+        if hardened:
+            raise CodingError("hardening needs a training set: compress(net, loader, loss, hardened=True, budget=...)")
         options = {"inputs": inputs, "where": where, "progress": progress, **(encode_options or {})}
         if checkpoint is not None:
             options["checkpoint"] = Path(f"{checkpoint}.encode")
         return _compress_weights(net, budget=budget, coder=coder, seed=seed, **options)
     if _packages_first(net, budget, coder, context, fit_options, package_first):
+        if hardened is None:
+            hardened = epochs >= _EPOCHS_TO_HARDEN and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
         options = {"inputs": inputs, "where": where, "checkpoint": checkpoint, "progress": progress, **(encode_options or {})}
-        return _package_and_tune(
-            net, batches, loss, budget=budget, epochs=epochs, harden_epochs=harden_epochs, coder=coder, seed=seed, **options
-        )
-    if harden_epochs:
-        raise CodingError("harden_epochs is for a network that is packaged first: see package_first")
+        way = _harden_and_package if hardened else _package_and_tune
+        return way(net, batches, loss, budget=budget, epochs=epochs, coder=coder, seed=seed, **options)
+    if hardened:
+        raise CodingError("only a network that is packaged first can be hardened: see package_first")
     model = convert(net, where=where, per_unit=per_unit)
     stage = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("fit", "encode")}
     common: dict[str, Any] = {"coder": coder, "seed": seed, "progress": progress}
@@ -191,7 +189,7 @@ def _noise(plan: Reconstruction, net: nn.Module) -> dict[str, float]:
     """Variance of the noise over that of the weights, for each matrix or kernel of `net`: v / (1 - v), v = 2^-2R, of the prior's."""
     count = {name: p.numel() for name, p in net.named_parameters() if p.dim() > 1}
     rate = {name: bits / count[name] for name, bits in plan.kl_bits.items() if name in count}
-    return {name: _PART / (2.0 ** (2.0 * r) - 1.0) for name, r in rate.items() if r > _LEAST_RATE}
+    return {name: 1.0 / (2.0 ** (2.0 * r) - 1.0) for name, r in rate.items() if r > _LEAST_RATE}
 
 
 @contextlib.contextmanager
@@ -218,14 +216,13 @@ def _packages_first(
     return enough and name == "trellis" and not any(others.values()) if wanted is None else wanted
 
 
-def _package_and_tune(
+def _harden_and_package(
     net: nn.Module,
     batches: Iterable,
     loss: Loss,
     *,
     budget: str | int,
     epochs: float,
-    harden_epochs: float,
     coder: str | coders.Coder,
     seed: int,
     inputs: Any,
@@ -233,30 +230,51 @@ def _package_and_tune(
     progress: bool,
     **options: Any,
 ) -> Archive:
-    """`compress` by packaging first."""
+    """`compress` by packaging what was trained for it."""
+    seen = batches if inputs is None else inputs
+    harden_file, encode_file = (None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("harden", "encode"))
+    with _full_precision(net):
+        _, _, plan = _planned(net, budget, coder, seed, seen, options.get("where"), options.get("names"), progress)
+    net, course = harden(net, batches, loss, noise=_noise(plan, net), epochs=epochs, seed=seed, checkpoint=harden_file, progress=progress)
+    archive = _compress_weights(
+        net, budget=budget, coder=coder, seed=seed, inputs=seen, progress=progress, checkpoint=encode_file, **options
+    )
+    archive.info["harden"] = course
+    if harden_file is not None:
+        checkpoints.remove(harden_file)
+    return archive
+
+
+def _package_and_tune(
+    net: nn.Module,
+    batches: Iterable,
+    loss: Loss,
+    *,
+    budget: str | int,
+    epochs: float,
+    coder: str | coders.Coder,
+    seed: int,
+    inputs: Any,
+    checkpoint: str | Path | None,
+    progress: bool,
+    **options: Any,
+) -> Archive:
+    """`compress` by packaging and training inside the file."""
     coder = coders.Trellis(memory=_MEMORY_TO_TUNE) if isinstance(coder, str) else coder
-    kept = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("harden", "encode", "packaged", "tune")}
+    kept = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("encode", "packaged", "tune")}
     file, settings = kept["packaged"], {"budget_bytes": parse_bytes(budget), "seed": seed, "names": options.get("names")}
-    settings["harden_epochs"] = harden_epochs
     saved = None if file is None else checkpoints.read(file, stage="packaged", expected=settings)
-    course = {}
     if saved is not None:
         packaged = bind(parse(saved["archive"].numpy().tobytes()), net)
     else:
-        seen = batches if inputs is None else inputs
-        if harden_epochs:
-            with _full_precision(net):
-                _, _, plan = _planned(net, budget, coder, seed, seen, options.get("where"), options.get("names"), progress)
-            net, course["harden"] = harden(net, batches, loss, noise=_noise(plan, net), epochs=harden_epochs, seed=seed,
-                                           checkpoint=kept["harden"], progress=progress)  # fmt: skip
-        packaged = _compress_weights(net, budget=budget, coder=coder, seed=seed, inputs=seen,
+        packaged = _compress_weights(net, budget=budget, coder=coder, seed=seed, inputs=batches if inputs is None else inputs,
                                      progress=progress, checkpoint=kept["encode"], **options)  # fmt: skip
         if file is not None:
             whole = torch.frombuffer(bytearray(packaged.to_bytes()), dtype=torch.uint8)
             checkpoints.write(file, {"stage": "packaged", "settings": settings, "archive": whole})
     info = packaged.info
     archive = tune(packaged, net, batches, loss, epochs=epochs, seed=seed, checkpoint=kept["tune"], progress=progress)
-    archive.info = {**course, **info, **archive.info}
+    archive.info = {**info, **archive.info}
     for path in filter(None, kept.values()):
         checkpoints.remove(path)
     return archive

@@ -86,7 +86,7 @@ def harden(
     with seeded(seed, device):
         feed = Feed(batches, device, sharded=sharded, seed=seed)
     steps = max(1, round(epochs * feed.batches_per_pass))
-    settings = {"steps": steps, "seed": seed, "noise": {name: float(std) for name, std in stds.items()}}
+    settings = {"steps": steps, "seed": seed, "noise": {name: round(std, 3) for name, std in stds.items()}}
     saved = checkpoints.read(Path(checkpoint), stage="harden", expected=settings) if checkpoint is not None else None
     descent = (optimizer or _descent)(model)
     largest = [group["lr"] for group in descent.param_groups]

@@ -5,7 +5,7 @@
     python recipes/resnet_cifar10.py --depth 20 --level data --budget 40kB --data ../data
 
 Level "weights" sees the weights alone; "inputs" also 1,024 training images without labels; "data" trains on the training images
-(augmented) under the noise that the code is going to bring, packages, and tunes the file on them. Decodes the file in a fresh
+(augmented) under the noise that the code is going to bring, and packages what comes of it. Decodes the file in a fresh
 process, reports top-1 and the agreement with the float network on the first 5,000 test images, and appends one line to
 `recipes/results/resnet_cifar10.jsonl`. Nothing is chosen on the test split; the last 5,000 training images are never trained on
 here (but the float networks were trained on them). The float networks are `cifar10-resnets/resnet*.safetensors` in the data
@@ -20,7 +20,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,8 +152,7 @@ def main() -> None:
     parser.add_argument("--level", default="weights", choices=LEVELS)
     parser.add_argument("--budget", default="50 kB", help="bytes of the whole file, or text such as '40 kB'")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--harden-epochs", type=float, default=40, help="of training under noise, level data")
-    parser.add_argument("--epochs", type=float, default=12, help="of tuning, level data")
+    parser.add_argument("--epochs", type=float, default=40, help="of training, level data")
     parser.add_argument("--float32", dest="bfloat16", action="store_false", help="train in float32; default bfloat16 where it is enough")
     parser.add_argument("--data", help="folder that holds cifar10/ and cifar10-resnets/; default $MIRACLE_BAN_DATA, else ./data")
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder of the file and the checkpoints")
@@ -169,19 +167,18 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     stem = args.work / f"resnet{args.depth}-{args.level}-{parse_bytes(args.budget)}-s{args.seed}"
     output = stem.with_suffix(".mban")
-    started = time.monotonic()
     options = {"budget": args.budget, "seed": args.seed}
     if args.smoke:
         options["coder"] = miracle_ban.coders.get("trellis", memory=8)
     inputs = None if args.level == "weights" else normalised(data["train"][0][: 64 if args.smoke else 1024])
     if args.level == "data":
         batches = Augmented(*(v[: 2 * BATCH] if args.smoke else v for v in data["train"]))
-        options |= {"harden_epochs": args.harden_epochs, "epochs": args.epochs, "checkpoint": stem, "inputs": inputs}
+        options |= {"epochs": args.epochs, "hardened": True, "checkpoint": stem, "inputs": inputs}
         with torch.autocast("cpu", torch.bfloat16) if args.bfloat16 else contextlib.nullcontext():
             archive = miracle_ban.compress(net, batches, F.cross_entropy, **options)
     else:
         archive = miracle_ban.compress(net, inputs=inputs, **options)
-    seconds = time.monotonic() - started
+    seconds = archive.info["seconds"] + archive.info.get("harden", {}).get("seconds", 0.0)
     size = miracle_ban.save(archive, output)
     fresh = [sys.executable, __file__, "--depth", str(args.depth), "--check", str(output), *(["--data", args.data] if args.data else [])]
     checked = json.loads(subprocess.run(fresh, check=True, capture_output=True, text=True).stdout)
@@ -190,7 +187,7 @@ def main() -> None:
         raise SystemExit("a fresh process decoded other weights")
     words = [f"--depth {args.depth} --level {args.level} --budget {args.budget} --seed {args.seed}"]
     if args.level == "data":
-        words.append(f"--harden-epochs {args.harden_epochs:g} --epochs {args.epochs:g}")
+        words.append(f"--epochs {args.epochs:g}")
     line = {
         "task": f"ResNet-{args.depth} on CIFAR-10", "level": args.level, "bytes": size, **checked,
         "validation_top1": validation["top1"], "validation_score_error": validation["score_error"],

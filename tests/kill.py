@@ -75,8 +75,15 @@ def untrained(folder: Path, checkpoint: Path | None) -> None:
 
 
 def tuned(folder: Path, checkpoint: Path | None) -> None:
-    """Hardened, packaged, then trained inside the file."""
-    options = {"budget": 200, "epochs": 40, "harden_epochs": 10, "coder": TRELLIS, "checkpoint": checkpoint, **QUIET}
+    """Packaged, then trained inside the file."""
+    options = {"budget": 200, "epochs": 40, "coder": TRELLIS, "checkpoint": checkpoint, **QUIET}
+    archive = miracle_ban.compress(network(), loader(), F.cross_entropy, **options)
+    miracle_ban.save(archive, folder / FILE)
+
+
+def hardened(folder: Path, checkpoint: Path | None) -> None:
+    """Trained under noise, then packaged."""
+    options = {"budget": 200, "epochs": 30, "hardened": True, "coder": TRELLIS, "checkpoint": checkpoint, **QUIET}
     archive = miracle_ban.compress(network(), loader(), F.cross_entropy, **options)
     miracle_ban.save(archive, folder / FILE)
 
@@ -102,7 +109,8 @@ def overwritten(folder: Path, _: Path | None) -> None:
 
 JOBS: dict[str, Callable[[Path, Path | None], None]] = {
     "gprs": trained("gprs"), "trellis": trained(TRELLIS), "gprs, per unit": trained("gprs", per_unit=True),
-    "trellis, per unit": trained(TRELLIS, per_unit=True), "untrained": untrained, "tuned": tuned, "attention": specialised,
+    "trellis, per unit": trained(TRELLIS, per_unit=True), "untrained": untrained, "tuned": tuned, "hardened": hardened,
+    "attention": specialised,
     "save": overwritten,
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 
 import helpers
@@ -147,14 +148,36 @@ def test_interrupted_hardening_goes_on_to_the_same_weights(batches, tmp_path):
         harden(normed(), batches, F.cross_entropy, seed=1, **options)
 
 
-def test_compress_hardens_against_the_rates_of_its_plan(trained_net, batches, tmp_path):
-    options = {"budget": 230, "epochs": 2, "coder": Trellis(memory=8), **QUIET}
-    archive = compress(trained_net, batches, F.cross_entropy, harden_epochs=5, checkpoint=tmp_path / "state", **options)
+def test_compress_hardens_and_then_packages(trained_net, batches, tmp_path):
+    options = {"budget": 230, "epochs": 5, "coder": Trellis(memory=8), **QUIET}
+    archive = compress(trained_net, batches, F.cross_entropy, hardened=True, checkpoint=tmp_path / "state", **options)
     assert archive.info["harden"]["steps"] == 5 * len(batches)
+    assert "tune" not in archive.info
+    assert len(archive.to_bytes()) <= 230
     assert not list(tmp_path.iterdir())
-    plain = compress(trained_net, batches, F.cross_entropy, **options)
-    assert "harden" not in plain.info
-    assert archive.to_bytes() != plain.to_bytes()
+    untrained = compress(trained_net, inputs=batches, budget=230, coder=Trellis(memory=8), **QUIET)
+    assert archive.to_bytes() != untrained.to_bytes()
+
+
+def test_the_noise_follows_from_the_rates_of_the_plan(trained_net, batches, monkeypatch):
+    given = {}
+
+    def spy(net, *args, noise, **options):
+        given[budget] = noise
+        return copy.deepcopy(net), {}
+
+    monkeypatch.setattr(importlib.import_module("miracle_ban.compress"), "harden", spy)
+    for budget in (230, 400):
+        compress(trained_net, batches, F.cross_entropy, budget=budget, hardened=True, coder=Trellis(memory=8), **QUIET)
+    assert set(given[400]) == {"conv.weight", "fc1.weight", "fc2.weight"}
+    assert all(0 < given[400][name] < given[230][name] for name in given[230])
+
+
+def test_networks_with_norms_are_hardened_where_there_are_passes_enough(trained_net, batches):
+    options = {"budget": 700, "coder": Trellis(memory=8), **QUIET}
+    assert compress(normed(), batches, F.cross_entropy, epochs=20, **options).info["harden"]["steps"] == 20 * len(batches)
+    for net, epochs, hardened in ((normed(), 20, False), (normed(), 19, None), (trained_net, 20, None)):
+        assert "tune" in compress(net, batches, F.cross_entropy, epochs=epochs, hardened=hardened, **options).info
 
 
 def test_errors_say_what_is_wrong(trained_net, batches):
@@ -168,9 +191,7 @@ def test_errors_say_what_is_wrong(trained_net, batches):
         harden(copy.deepcopy(trained_net).requires_grad_(False), batches, F.cross_entropy, noise=0.1, **QUIET)
     with pytest.raises(MiracleError, match="the loss became nan in hardening, step 0"):
         harden(trained_net, batches, lambda out, y: F.cross_entropy(out, y) * float("nan"), noise=0.1, **QUIET)
-    with pytest.raises(CodingError, match="harden_epochs needs a training set"):
-        compress(trained_net, budget=230, harden_epochs=5, **QUIET)
-    with pytest.raises(CodingError, match="harden_epochs is for a network that is packaged first"):
-        compress(trained_net, batches, F.cross_entropy, budget=70, harden_epochs=5, **QUIET)
-    with pytest.raises(CodingError, match="harden_epochs must be zero or positive, not -1"):
-        compress(trained_net, batches, F.cross_entropy, budget=230, harden_epochs=-1, **QUIET)
+    with pytest.raises(CodingError, match="hardening needs a training set"):
+        compress(trained_net, budget=230, hardened=True, **QUIET)
+    with pytest.raises(CodingError, match="only a network that is packaged first can be hardened"):
+        compress(trained_net, batches, F.cross_entropy, budget=70, hardened=True, **QUIET)

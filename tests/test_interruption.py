@@ -31,13 +31,13 @@ QUIET = {"progress": False}
 
 
 def test_killed_work_goes_on_to_the_same_file_byte_for_byte():
-    jobs = ["gprs", "trellis, per unit", "attention", "untrained", "tuned", "save"]
-    command = [sys.executable, str(Path(kill.__file__)), "--kills", "12", "--seed", "1", "--jobs", *jobs]
+    jobs = ["gprs", "trellis, per unit", "attention", "untrained", "tuned", "hardened", "save"]
+    command = [sys.executable, str(Path(kill.__file__)), "--kills", "14", "--seed", "1", "--jobs", *jobs]
     result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [r["job"] for r in rows] == jobs
-    assert sum(r["kills"] for r in rows) == 12
+    assert sum(r["kills"] for r in rows) == 14
     assert all(r["finished"] and not r["faults"] for r in rows)
 
 
