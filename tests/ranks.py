@@ -177,6 +177,23 @@ def attending(rank: int, folder: Path) -> dict[str, Any]:
     return {"posteriors": posterior_digest(bnn), "general": general, "file": sha(archive.to_bytes())}
 
 
+def hardening(rank: int, folder: Path) -> dict[str, Any]:
+    """`harden`, with statistics of norms; then `tune` of what was packaged alike."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
+    told: dict[str, Any] = {}
+    for name, batches in (("plain", plain()), ("sharded", sharded())):
+        hardened, course = miracle_ban.harden(net, batches, F.cross_entropy, noise=0.3, epochs=6, **QUIET)
+        with distributed.apart():
+            archive = miracle_ban.compress(hardened.eval(), inputs=IMAGES, budget=200, coder=TRELLIS, **QUIET)
+        tuned = miracle_ban.tune(archive, net, batches, F.cross_entropy, epochs=20, learning_rate=0.1, **QUIET)
+        told[name] = {
+            "weights": helpers.digest(hardened.state_dict()), "history": course["history"], "steps": course["steps"],
+            "file": sha(tuned.to_bytes()), "changed": tuned.to_bytes() != archive.to_bytes(), "tuned": tuned.info["tune"]["history"],
+        }  # fmt: skip
+    return told
+
+
 def faulty(rank: int, folder: Path) -> dict[str, Any]:
     """Faults of one process are told to all: another network, a loss that fails, too few batches, a folder that is not there."""
     told = {}

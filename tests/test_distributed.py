@@ -15,7 +15,7 @@ from miracle_ban import distributed
 from miracle_ban.errors import MiracleError
 
 SCENARIOS = ["sharing:4", "fitting:2", "faulty:2", "dying:2", "resuming:2", "refining:1", "refining:2", "searching:1", "searching:2",
-             "searching:4", "attending:2", "prepared:2"]  # fmt: skip
+             "searching:4", "attending:2", "prepared:2", "hardening:2"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,16 @@ def test_a_loader_that_an_engine_prepared_gives_each_process_its_share(told, eng
     assert [r["seen"] for r in ranks] == [10 * 128] * 2  # of 10 passes, each its half
     alike([r["file"] for r in ranks])
     assert ranks[0]["bytes"] <= 200
+
+
+@pytest.mark.parametrize("loader", ["plain", "sharded"])
+def test_hardening_and_tuning_give_every_process_the_same(told, loader):
+    ranks = [r[loader] for r in told["hardening:2"]["told"]]
+    for key in ("weights", "history", "steps", "file", "tuned"):
+        alike([r[key] for r in ranks])
+    assert ranks[0]["steps"] == 6 * 4  # half of 8 batches each
+    assert ranks[0]["history"][-1]["loss"] < ranks[0]["history"][0]["loss"]
+    assert ranks[0]["changed"]
 
 
 def test_attention_trains_on_contexts_of_every_process_and_packages_for_one(told):
