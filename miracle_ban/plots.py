@@ -167,13 +167,13 @@ def draw_archive(figure: Any, *, title: str, names: Sequence[str], bits: Sequenc
     draw_histogram(right, codeword_bits, "codeword of a block, bits")
 
 
-def draw_tuning(axes: Sequence[Any], history: Sequence[dict[str, float]]) -> None:
-    """How `tune` went: the loss, and the share of the weights that each search changed."""
+def draw_steps(figure: Any, history: Sequence[dict[str, float]]) -> None:
+    """How `harden` or `tune` went: the loss, and of the latter the share of the weights that each search changed."""
     step = [row["step"] for row in history]
-    for axis, values, label in (
-        (axes[0], [row["loss"] for row in history], "loss, nats per example"),
-        (axes[1], [100.0 * row["changed"] for row in history], "weights changed by a search, %"),
-    ):
+    curves = [([row["loss"] for row in history], "loss, nats per example")]
+    if "changed" in history[0]:
+        curves.append(([100.0 * row["changed"] for row in history], "weights changed by a search, %"))
+    for axis, (values, label) in zip(np.atleast_1d(figure.subplots(1, len(curves))), curves, strict=True):
         axis.plot(step, values, lw=1.4, color=_BLUE)
         axis.set_xlabel("step")
         axis.set_ylabel(label)
@@ -184,11 +184,11 @@ def draw_report(figure: Any, *, title: str, info: dict[str, Any]) -> None:
     """A report of `compress`: training curves, bits of each tensor, and KL of each block where the report has it."""
     figure.suptitle(title)
     upper, lower = figure.subfigures(2, 1, height_ratios=(2, 3))
-    fit, tuned = info.get("fit") or {}, info.get("tune") or {}
+    fit, other = info.get("fit") or {}, info.get("tune") or info.get("harden") or {}
     if fit.get("history"):
         draw_curves(upper.subplots(1, 3), fit["history"], fit.get("budget_bytes"))
-    elif tuned.get("history"):
-        draw_tuning(upper.subplots(1, 2), tuned["history"])
+    elif other.get("history"):
+        draw_steps(upper, other["history"])
     histograms = [(info[key], label) for key, label in _BLOCK_COLUMNS if info.get(key)]
     axes = np.atleast_1d(lower.subplots(1, 1 + len(histograms[:2])))
     if info.get("tensors"):

@@ -105,15 +105,17 @@ def make_cifar10(root: Path) -> None:
     save_file(net.state_dict(), root / "cifar10-resnets" / "resnet20.safetensors")
 
 
-def test_resnet_recipe_writes_a_file_that_a_fresh_process_decodes_to_the_reported_accuracy(tmp_path):
+@pytest.mark.parametrize("level", ["inputs", "data"])
+def test_resnet_recipe_writes_a_file_that_a_fresh_process_decodes_to_the_reported_accuracy(level, tmp_path):
     make_cifar10(tmp_path / "data")
     words = ("--data", tmp_path / "data", "--work", tmp_path)
     line = json.loads(
-        run_recipe("resnet_cifar10.py", "--smoke", "--level", "data", "--epochs", "1", "--budget", "60kB", *words).splitlines()[-1]
+        run_recipe("resnet_cifar10.py", "--smoke", "--level", level, "--epochs", "1", "--budget", "60kB", *words).splitlines()[-1]
     )
     file = tmp_path / line["file"]
     assert 59_000 < file.stat().st_size == line["bytes"] <= line["budget"]
-    assert line["agreement"] > 30  # of ten classes
+    if level == "inputs":
+        assert line["agreement"] > 30  # of ten classes; trained on noise it is another network
     checked = json.loads(run_recipe("resnet_cifar10.py", "--check", file, "--data", tmp_path / "data"))
     assert checked == {k: line[k] for k in ("top1", "agreement", "float_top1", "score_error", "sha256_weights")}
 
