@@ -161,6 +161,9 @@ def _add_compress(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--budget", required=True, metavar="SIZE", help='of the whole file: bytes, "20 kB", "3 MB"')
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mban")
     command.add_argument("--epochs", type=_positive, default=30.0, help="passes over the data in training (default 30)")
+    hardened = "with --data, from half a bit a weight on: train under the noise of the code, instead of inside the packaged file"
+    hardened += " (default: with BatchNorms and 20 epochs or more)"
+    command.add_argument("--hardened", action=argparse.BooleanOptionalAction, default=None, help=hardened)
     command.add_argument("--coder", choices=tuple(coders.IDS), default="trellis", help="default %(default)s")
     command.add_argument("--seed", type=_seed, default=0, help="of training and of the file's randomness")
     command.add_argument("--checkpoint", type=Path, metavar="STATE", help="keep the state in STATE.encode and others, to resume from")
@@ -295,6 +298,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
         context=context,
         budget=args.budget,
         epochs=args.epochs,
+        hardened=args.hardened,
         coder=args.coder,
         seed=args.seed,
         checkpoint=args.checkpoint,
