@@ -22,7 +22,7 @@ from .container import Archive, parse
 from .convert import as_module, convert
 from .encode import encode
 from .errors import CodingError, MiracleWarning
-from .harden import harden
+from .harden import harden, has_norms
 from .inputs import batches_of, made_for
 from .load import bind
 from .plan import carries_names, side_bits, skeleton
@@ -72,8 +72,8 @@ def compress(
         epochs: passes over `batches`, in `fit`, `harden` or `tune`.
         coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README).
         seed: as in `encode`.
-        inputs: to package without training, or before tuning: a tensor of examples, or an iterable of batches (labels are ignored),
-            1,024 examples at most are used; default those of `batches`, or inputs made up to fit the network's BatchNorms (`inputs`).
+        inputs: what layers are measured on, unless posteriors are trained: a tensor of examples, or an iterable of batches (labels are
+            ignored), 1,024 examples at most are used; default those of `batches`, or inputs made up to fit the network's BatchNorms (`inputs`).
         context: with `batches`: inputs of the context that the file is for, as in `encode`; trains with attention, on random sets
             of the classes unless `fit_options` gives an `attention`. For several packages of one training, call `fit` and `encode`.
         where, per_unit: as in `convert`.
@@ -115,8 +115,9 @@ def compress(
         return _compress_weights(net, budget=budget, coder=coder, seed=seed, **options)
     if _packages_first(net, budget, coder, context, fit_options, package_first):
         if hardened is None:
-            hardened = epochs >= _EPOCHS_TO_HARDEN and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
-        options = {"inputs": inputs, "where": where, "checkpoint": checkpoint, "progress": progress, **(encode_options or {})}
+            hardened = epochs >= _EPOCHS_TO_HARDEN and has_norms(net)
+        seen = batches if inputs is None else inputs
+        options = {"inputs": seen, "where": where, "checkpoint": checkpoint, "progress": progress, **(encode_options or {})}
         way = _harden_and_package if hardened else _package_and_tune
         return way(net, batches, loss, budget=budget, epochs=epochs, coder=coder, seed=seed, **options)
     if hardened:
@@ -231,13 +232,12 @@ def _harden_and_package(
     **options: Any,
 ) -> Archive:
     """`compress` by packaging what was trained for it."""
-    seen = batches if inputs is None else inputs
     harden_file, encode_file = (None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("harden", "encode"))
     with _full_precision(net):
-        _, _, plan = _planned(net, budget, coder, seed, seen, options.get("where"), options.get("names"), progress)
+        _, _, plan = _planned(net, budget, coder, seed, inputs, options.get("where"), options.get("names"), progress)
     net, course = harden(net, batches, loss, noise=_noise(plan, net), epochs=epochs, seed=seed, checkpoint=harden_file, progress=progress)
     archive = _compress_weights(
-        net, budget=budget, coder=coder, seed=seed, inputs=seen, progress=progress, checkpoint=encode_file, **options
+        net, budget=budget, coder=coder, seed=seed, inputs=inputs, progress=progress, checkpoint=encode_file, **options
     )
     archive.info["harden"] = course
     if harden_file is not None:
@@ -267,7 +267,7 @@ def _package_and_tune(
     if saved is not None:
         packaged = bind(parse(saved["archive"].numpy().tobytes()), net)
     else:
-        packaged = _compress_weights(net, budget=budget, coder=coder, seed=seed, inputs=batches if inputs is None else inputs,
+        packaged = _compress_weights(net, budget=budget, coder=coder, seed=seed, inputs=inputs,
                                      progress=progress, checkpoint=kept["encode"], **options)  # fmt: skip
         if file is not None:
             whole = torch.frombuffer(bytearray(packaged.to_bytes()), dtype=torch.uint8)

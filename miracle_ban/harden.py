@@ -30,8 +30,7 @@ from .feed import Feed
 from .train import LOG_EVERY, Loss, seeded
 
 Optimizing = Callable[[nn.Module], torch.optim.Optimizer]
-_NORMS = nn.modules.batchnorm._BatchNorm
-_RATE, _MOMENTUM, _DECAY = 0.1, 0.9, 5e-4  # of SGD, where BatchNorms leave weights without a scale of their own
+_RATE, _MOMENTUM, _DECAY = 0.1, 0.9, 5e-4  # of SGD, where there are BatchNorms
 _RATE_ELSEWHERE = 3e-4  # of AdamW
 _WARM_UP = 0.02  # share of the steps
 _STATISTICS = 64  # batches that the statistics of norms are measured on at the end
@@ -136,6 +135,11 @@ def harden(
     return model.train(net.training), {"steps": steps, "seconds": time.monotonic() - started, "history": history}
 
 
+def has_norms(net: nn.Module) -> bool:
+    """Whether there are BatchNorms, which leave the weights before them without a scale of their own."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+
+
 def warm_cosine(part: float) -> float:
     """Learning rate over the largest when `part` of the steps is done."""
     return min((part + 1e-3) / _WARM_UP, 0.5 * (1.0 + math.cos(math.pi * part)))
@@ -171,7 +175,7 @@ def _descent(model: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
-    if any(isinstance(m, _NORMS) for m in model.modules()):
+    if has_norms(model):
         return torch.optim.SGD(groups, _RATE, momentum=_MOMENTUM, nesterov=True, weight_decay=_DECAY)
     return torch.optim.AdamW(groups, _RATE_ELSEWHERE)
 
