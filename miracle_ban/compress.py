@@ -266,12 +266,13 @@ def _package_and_tune(
     saved = None if file is None else checkpoints.read(file, stage="packaged", expected=settings)
     if saved is not None:
         packaged = bind(parse(saved["archive"].numpy().tobytes()), net)
+        packaged.info = saved["info"]
     else:
         packaged = _compress_weights(net, budget=budget, coder=coder, seed=seed, inputs=inputs,
                                      progress=progress, checkpoint=kept["encode"], **options)  # fmt: skip
         if file is not None:
             whole = torch.frombuffer(bytearray(packaged.to_bytes()), dtype=torch.uint8)
-            checkpoints.write(file, {"stage": "packaged", "settings": settings, "archive": whole})
+            checkpoints.write(file, {"stage": "packaged", "settings": settings, "archive": whole, "info": packaged.info})
     info = packaged.info
     archive = tune(packaged, net, batches, loss, epochs=epochs, seed=seed, checkpoint=kept["tune"], progress=progress)
     archive.info = {**info, **archive.info}

@@ -110,7 +110,7 @@ def tune(
             optimizer.load_state_dict(saved["optimizer"])
             feed.restore(saved["feed"])
             checkpoints.restore_generators(saved["generators"][distributed.rank() if feed.sharded else 0], device)
-            done, history = saved["step"], saved["history"]
+            done, history, started = saved["step"], saved["history"], started - saved["seconds"]
         total, counted = 0.0, 0
         with tqdm(total=steps, initial=done, disable=not progress, file=sys.stderr, desc="tune", unit="step") as bar:
             while done < steps:
@@ -141,7 +141,7 @@ def tune(
                     content = {
                         "stage": "tune", "settings": settings, "step": done, "history": history, "optimizer": optimizer.state_dict(),
                         "bits": torch.from_numpy(code.bits), "wishes": [t.wish.detach() for t in code.tensors.values()],
-                        "feed": feed.state(),
+                        "feed": feed.state(), "seconds": time.monotonic() - started,
                         "generators": distributed.gather(state) if feed.sharded else [state],
                     }  # fmt: skip
                     checkpoints.write(Path(checkpoint), content)
