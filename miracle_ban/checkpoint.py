@@ -17,7 +17,7 @@ from .errors import CodingError
 from .files import write_whole
 from .layers import posteriors
 
-_VERSION = 2  # of the content
+_VERSION = 3  # of the content
 _HELD = ("mean", "log_std", "fixed", "value", "prior_std")
 
 

@@ -3,7 +3,7 @@
 Each step draws every weight from N(w, noise * mean square of its unit's weights): a posterior of fixed relative width, which is what
 a code of R bits a weight leaves, 2^-2R of the variance (the distortion-rate function of a Gaussian). Networks so trained lie
 where noise does less harm (Baskin et al. 2018, NICE, arXiv 1810.00162; Fan et al. 2020, arXiv 2004.07320). BatchNorms stay what
-they are and see the noise. Leans on `feed`, `train` and torch.
+they are and see the noise. Leans on `course`, `feed`, `train` and torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import sys
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import update_bn
-from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from . import distributed
+from .course import Row, check_loss, run, warm_cosine
 from .errors import MiracleError
 from .feed import Feed
 from .train import LOG_EVERY, Loss, seeded
@@ -32,7 +32,6 @@ from .train import LOG_EVERY, Loss, seeded
 Optimizing = Callable[[nn.Module], torch.optim.Optimizer]
 _RATE, _MOMENTUM, _DECAY = 0.1, 0.9, 5e-4  # of SGD, where there are BatchNorms
 _RATE_ELSEWHERE = 3e-4  # of AdamW
-_WARM_UP = 0.02  # share of the steps
 _STATISTICS = 64  # batches that the statistics of norms are measured on at the end
 
 
@@ -87,62 +86,65 @@ def harden(
     steps = max(1, round(epochs * feed.batches_per_pass))
     settings = {"steps": steps, "seed": seed, "noise": {name: round(std, 3) for name, std in stds.items()}}
     saved = checkpoints.read(Path(checkpoint), stage="harden", expected=settings) if checkpoint is not None else None
-    descent = (optimizer or _descent)(model)
-    largest = [group["lr"] for group in descent.param_groups]
-    done, history = 0, []
+    course = _Hardening(model, feed, loss, (optimizer or _descent)(model), stds, steps)
     distributed.synchronise([*model.parameters(), *model.buffers()])
     with seeded(distributed.own_seed(seed), device):
-        if saved is not None:
-            model.load_state_dict(saved["model"])
-            descent.load_state_dict(saved["optimizer"])
-            feed.restore(saved["feed"])
-            checkpoints.restore_generators(saved["generators"][distributed.rank()], device)
-            done, history, started = saved["step"], saved["history"], started - saved["seconds"]
-        total, counted = 0.0, 0
-        with tqdm(
-            total=steps, initial=done, disable=not progress or distributed.rank() > 0, file=sys.stderr, desc="harden", unit="step"
-        ) as bar:
-            while done < steps:
-                for group, rate in zip(descent.param_groups, largest, strict=True):
-                    group["lr"] = rate * warm_cosine(done / steps)
-                inputs, targets = feed.next()
-                value = loss(functional_call(model, _noisy(model, stds), (inputs,)), targets)
-                descent.zero_grad(set_to_none=True)
-                value.backward()
-                (measured,) = distributed.mean_gradients(descent, [float(value.detach())])
-                if not math.isfinite(measured):
-                    raise MiracleError(f"the loss became {measured} in hardening, step {done}: check the data, or lower the learning rate")
-                descent.step()
-                torch.clear_autocast_cache()  # else a caller's autocast would go on with the weights as they were
-                done, total, counted = done + 1, total + measured, counted + 1
-                bar.update()
-                if done % LOG_EVERY == 0 or done == steps:
-                    history.append({"step": done, "loss": total / counted})
-                    bar.set_postfix_str(f"loss {total / counted:.4f}", refresh=False)
-                    total, counted = 0.0, 0
-                if done == steps:
-                    _measure_norms(model, feed)
-                if checkpoint is not None and (feed.position == feed.batches_per_pass or done == steps):
-                    feed.end_pass()
-                    content = {
-                        "stage": "harden", "settings": settings, "step": done, "history": history, "model": model.state_dict(),
-                        "optimizer": descent.state_dict(), "feed": feed.state(), "seconds": time.monotonic() - started,
-                        "generators": distributed.gather(checkpoints.generator_state(device)),
-                    }  # fmt: skip
-                    checkpoints.write(Path(checkpoint), content)
+        history, started = run(
+            course, steps, stage="harden", settings=settings, saved=saved, checkpoint=checkpoint, device=device, started=started,
+            progress=progress,
+        )  # fmt: skip
     distributed.synchronise(model.buffers())
     distributed.check_equal(model.parameters(), "parameters")
     return model.train(net.training), {"steps": steps, "seconds": time.monotonic() - started, "history": history}
 
 
+class _Hardening:
+    """The course of `harden`."""
+
+    def __init__(self, model: nn.Module, feed: Feed, loss: Loss, optimizer: torch.optim.Optimizer, stds: Mapping[str, float], steps: int):
+        self.model, self.feed, self.loss, self.optimizer, self.stds, self.steps = model, feed, loss, optimizer, stds, steps
+        self.largest = [group["lr"] for group in optimizer.param_groups]
+        self.step = 0
+        self.losses: list[float] = []  # since the last row
+
+    def advance(self) -> Row | None:
+        for group, rate in zip(self.optimizer.param_groups, self.largest, strict=True):
+            group["lr"] = rate * warm_cosine(self.step / self.steps)
+        inputs, targets = self.feed.next()
+        value = self.loss(functional_call(self.model, _noisy(self.model, self.stds), (inputs,)), targets)
+        check_loss(value)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        (measured,) = distributed.mean_gradients(self.optimizer, [float(value.detach())])
+        if not math.isfinite(measured):
+            raise MiracleError(f"the loss became {measured} in hardening, step {self.step}: check the data, or lower the learning rate")
+        self.optimizer.step()
+        torch.clear_autocast_cache()  # else a caller's autocast would go on with the weights as they were
+        self.step += 1
+        self.losses.append(measured)
+        if self.step == self.steps:
+            _measure_norms(self.model, self.feed)
+        elif self.step % LOG_EVERY:
+            return None
+        row = {"step": self.step, "loss": statistics.fmean(self.losses)}
+        self.losses.clear()
+        return row
+
+    def words(self, row: Row) -> str:
+        return f"loss {row['loss']:.4f}"
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
 def has_norms(net: nn.Module) -> bool:
     """Whether there are BatchNorms, which leave the weights before them without a scale of their own."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
-
-
-def warm_cosine(part: float) -> float:
-    """Learning rate over the largest when `part` of the steps is done."""
-    return min((part + 1e-3) / _WARM_UP, 0.5 * (1.0 + math.cos(math.pi * part)))
 
 
 def _stds(model: nn.Module, noise: Mapping[str, float] | float) -> dict[str, float]:

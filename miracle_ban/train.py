@@ -2,7 +2,7 @@
 
 `fit` first narrows the network to the hidden units that the budget can pay for, then trains all posteriors while beta is
 steered so that the predicted size of the file comes down to the budget. Under `torchrun` it is one training by all processes.
-Leans on `convert`, `plan`, `objective`, `distributed`.
+Leans on `convert`, `course`, `plan`, `objective`, `distributed`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from . import coders, distributed
 from .ban import BayesianAttention
 from .bits import NATS_PER_BIT, parse_bytes
 from .convert import conversion, drop_units
+from .course import Row, check_loss, run
 from .errors import BudgetError, MiracleError
 from .feed import Feed
 from .layers import posteriors, use_mode
@@ -119,8 +120,7 @@ def train_step(
     """
     if attention is None:
         value, extra = loss(model(batch[0]), batch[1]), None
-        if not (isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad):
-            raise MiracleError("loss(outputs, targets) must return a scalar tensor that depends on the outputs: do not detach them")
+        check_loss(value)
     else:
         value, extra = attention.losses(model, batch, loss, num_examples)
     held = posteriors(model)
@@ -213,7 +213,6 @@ def fit(
         raise MiracleError(f"beta must be zero or positive, not {beta}")
     links = conversion(model).links
     device = next(model.parameters()).device
-    progress = progress and distributed.rank() == 0
     with seeded(seed, device):  # an iterable without a length is counted, and may draw
         feed = Feed(batches, device, num_examples, sharded=sharded, seed=seed)
         per_epoch = feed.batches_per_pass
@@ -231,12 +230,12 @@ def fit(
     model.train()
     with seeded(distributed.own_seed(seed), device):
         if saved is not None:
-            checkpoints.restore_model(model, saved["model"])
+            checkpoints.restore_model(model, saved["course"]["model"])
         elif budget_bytes is not None and narrow and links:
             target = weights_per_bit * 8 * budget_bytes
             _narrow(model, feed, loss, target, max(1, round(narrow_epochs * per_epoch)), learning_rate / 4, progress)
         with_names = carries_names(names, model, None if budget_bytes is None else 8.0 * budget_bytes)
-        side = side_bits(skeleton(model, coder=coder, seed=0, names=with_names)) if saved is None else saved["side"]
+        side = side_bits(skeleton(model, coder=coder, seed=0, names=with_names)) if saved is None else saved["course"]["side"]
         goal = None if budget_bytes is None else index_budget_bits(budget_bytes, side)
         if attention is not None:
             attention.attach(model, feed.next()[0])
@@ -246,31 +245,12 @@ def fit(
         steering = start_steering(beta if goal is None else FIRST_BETA, report.steps)
         if attention is not None:
             steering.gain = max(steering.gain, RARE_GAIN)
-        course = _Course(model, feed, loss, coder, block_bits, steering, learning_rate, goal, report.steps,
-                         drop=narrow and attention is None, attention=attention)  # fmt: skip
-        if saved is not None:
-            course.restore(saved["course"])
-            checkpoints.restore_generators(saved["generators"][distributed.rank()], device)
-            report.history, started = saved["history"], started - saved["seconds"]
-        bar = tqdm(total=report.steps, initial=course.step, disable=not progress, file=sys.stderr, desc="fit", unit="step")
-        while course.step < report.steps:
-            row = course.advance()
-            bar.update()
-            if row["step"] % LOG_EVERY == 0 or row["step"] == report.steps - 1:
-                row["predicted_bytes"] = (side + row.pop("predicted_bits")) / 8
-                report.history.append(row)
-                bar.set_postfix_str(f"loss {row['loss']:.4f}, beta {row['beta']:.3g}, {row['predicted_bytes']:,.0f} bytes")
-                if callback is not None:
-                    callback(row)
-            if checkpoint is not None and (feed.position == per_epoch or course.step == report.steps):
-                feed.end_pass()
-                content = {
-                    "stage": "fit", "settings": settings, "side": side, "model": checkpoints.model_state(model),
-                    "course": course.state(), "generators": distributed.gather(checkpoints.generator_state(device)),
-                    "history": report.history, "seconds": time.monotonic() - started,
-                }  # fmt: skip
-                checkpoints.write(Path(checkpoint), content)
-        bar.close()
+        course = _Fitting(model, feed, loss, coder, block_bits, steering, learning_rate, goal, report.steps,
+                          side=side, drop=narrow and attention is None, attention=attention)  # fmt: skip
+        report.history, started = run(
+            course, report.steps, stage="fit", settings=settings, saved=saved, checkpoint=checkpoint, device=device, started=started,
+            progress=progress, callback=callback,
+        )  # fmt: skip
         if attention is not None:
             attention.settle(model, batches)
     distributed.synchronise(checkpoints.buffers(model).values())
@@ -285,8 +265,8 @@ def fit(
     return report
 
 
-class _Course:
-    """The loop of `fit`, one step at a time: schedule of the learning rate, descent of the size, steering of beta."""
+class _Fitting:
+    """The course of `fit`: schedule of the learning rate, descent of the size, steering of beta."""
 
     def __init__(
         self,
@@ -300,10 +280,11 @@ class _Course:
         goal: float | None,
         steps: int,
         *,
+        side: float,
         drop: bool,
         attention: BayesianAttention | None = None,
     ):
-        self.attention = attention
+        self.side, self.attention = side, attention
         self.model, self.feed, self.loss, self.coder, self.block_bits = model, feed, loss, coder, block_bits
         self.steering, self.goal, self.steps, self.drop = steering, goal, steps, drop
         self.optimizer = make_optimizer(model, learning_rate)
@@ -328,8 +309,7 @@ class _Course:
         self.bits_per_nat = predicted / max(sum(kl_bits.values()) * NATS_PER_BIT, 1e-9)
         return predicted
 
-    def advance(self) -> dict[str, float]:
-        """One step; returns its row of the history, `predicted_bits` being those of the codewords."""
+    def advance(self) -> Row | None:
         step, beta = self.step, self.beta
         value, by_tensor = train_step(
             self.model, self.feed.next(), self.loss, self.optimizer, beta=beta, num_examples=self.feed.num_examples,
@@ -358,22 +338,27 @@ class _Course:
         self.step += 1
         if self.step % CHECK_EVERY == 0 or self.step == self.steps:
             distributed.check_equal((p.mean for p in posteriors(self.model).values()), f"posteriors after step {self.step}")
+        if step % LOG_EVERY and self.step < self.steps:
+            return None
         return {
             "step": step, "loss": self.running, "beta": self.steering.beta, "kl_bits": self.kl_nats / NATS_PER_BIT,
-            "predicted_bits": predicted, "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.optimizer.param_groups[0]["lr"], "predicted_bytes": (self.side + predicted) / 8,
         }  # fmt: skip
 
+    def words(self, row: Row) -> str:
+        return f"loss {row['loss']:.4f}, beta {row['beta']:.3g}, {row['predicted_bytes']:,.0f} bytes"
+
     def state(self) -> dict[str, Any]:
-        """Everything but the posteriors and torch's generators; between two passes."""
         return {
+            "model": checkpoints.model_state(self.model), "side": self.side,
             "step": self.step, "running": self.running, "bits_per_nat": self.bits_per_nat, "first": self.first,
             "beta": self.steering.beta, "next_beta": self.beta, "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(), "feed": self.feed.state(), "kl_nats": self.kl_nats,
+            "schedule": self.schedule.state_dict(), "kl_nats": self.kl_nats,
             "attention": None if self.attention is None else self.attention.state_dict(),
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """See `Course.restore`; the posteriors, which the optimizer is made of, are restored before it is made."""
         self.step, self.running, self.bits_per_nat = state["step"], state["running"], state["bits_per_nat"]
         self.first, self.steering.beta, self.beta = state["first"], state["beta"], state["next_beta"]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -381,7 +366,6 @@ class _Course:
         self.kl_nats = state["kl_nats"]
         if self.attention is not None:
             self.attention.load_state_dict(state["attention"])
-        self.feed.restore(state["feed"])
 
 
 @contextlib.contextmanager

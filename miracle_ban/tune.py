@@ -5,33 +5,33 @@ its gradient moves the wishes (the straight-through estimator: Bengio et al. 201
 arXiv 1511.00363). Every few steps the path is searched again for one that decodes nearest to the wishes, in windows between
 states that stay. A wish is measured in the noise of its tensor's code, the prior's std times 2^-R at R bits a weight (the
 distortion-rate function of a Gaussian), so that one learning rate serves biases of eight bits and kernels of one.
-Leans on `load`, `coders.trellis` and `feed`.
+Leans on `load`, `coders.trellis`, `course` and `feed`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import sys
+import statistics
 import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from . import distributed
 from .coders.trellis import Features, StepLaw, emitted_bits, in_turn, search, side_by_side, step_bits, viterbi
 from .container import Archive, prior_std, rates, resolve_kept
+from .course import Row, check_loss, run, warm_cosine
 from .decode import stored_array
 from .errors import CodingError, MiracleError
 from .feed import Feed
-from .harden import warm_cosine
 from .load import decode, restore
 from .train import Loss, seeded
 from .trellis import RATE_UNIT
@@ -100,54 +100,62 @@ def tune(
     steps = max(1, round(epochs * feed.batches_per_pass))
     settings = {"archive": zlib.crc32(archive.to_bytes()), "steps": steps, "learning_rate": learning_rate, "seed": seed}
     saved = checkpoints.read(Path(checkpoint), stage="tune", expected=settings) if checkpoint is not None else None
-    optimizer = torch.optim.Adam([t.wish for t in code.tensors.values()], learning_rate, betas=_BETAS)
-    done = 0
-    history: list[dict[str, float]] = []
-    progress = progress and distributed.rank() == 0
-    with seeded(distributed.own_seed(seed) if feed.sharded else seed, device):
-        if saved is not None:
-            code.restore(saved["bits"].numpy(), saved["wishes"])
-            optimizer.load_state_dict(saved["optimizer"])
-            feed.restore(saved["feed"])
-            checkpoints.restore_generators(saved["generators"][distributed.rank() if feed.sharded else 0], device)
-            done, history, started = saved["step"], saved["history"], started - saved["seconds"]
-        total, counted = 0.0, 0
-        with tqdm(total=steps, initial=done, disable=not progress, file=sys.stderr, desc="tune", unit="step") as bar:
-            while done < steps:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * warm_cosine(done / steps)
-                inputs, targets = feed.next()
-                value = loss(model(inputs), targets)
-                model.zero_grad(set_to_none=True)
-                value.backward()
-                code.take_gradients()
-                (measured,) = distributed.mean_gradients(optimizer, [float(value.detach())])
-                if not math.isfinite(measured):
-                    raise MiracleError(
-                        f"the loss became {measured} in tuning, step {done}: check the data for NaN, or lower the learning rate"
-                    )
-                optimizer.step()
-                done, total, counted = done + 1, total + measured, counted + 1
-                bar.update()
-                if done % STEPS_PER_SEARCH == 0 or done == steps:
-                    changed = code.search(done // STEPS_PER_SEARCH % _SHIFTS)
-                    code.calm()
-                    history.append({"step": done, "loss": total / counted, "changed": changed})
-                    bar.set_postfix_str(f"loss {total / counted:.4f}, {changed:.2%} of the weights changed", refresh=False)
-                    total, counted = 0.0, 0
-                if checkpoint is not None and feed.position == feed.batches_per_pass and done < steps:
-                    feed.end_pass()
-                    state = checkpoints.generator_state(device)
-                    content = {
-                        "stage": "tune", "settings": settings, "step": done, "history": history, "optimizer": optimizer.state_dict(),
-                        "bits": torch.from_numpy(code.bits), "wishes": [t.wish.detach() for t in code.tensors.values()],
-                        "feed": feed.state(), "seconds": time.monotonic() - started,
-                        "generators": distributed.gather(state) if feed.sharded else [state],
-                    }  # fmt: skip
-                    checkpoints.write(Path(checkpoint), content)
+    course = _Tuning(code, model, feed, loss, learning_rate, steps)
+    with seeded(distributed.own_seed(seed), device):
+        history, started = run(
+            course, steps, stage="tune", settings=settings, saved=saved, checkpoint=checkpoint, device=device, started=started,
+            progress=progress,
+        )  # fmt: skip
     distributed.check_same(zlib.crc32(archive.to_bytes()), "checksum of the archive")
     archive.info["tune"] = {"steps": steps, "seconds": time.monotonic() - started, "history": history}
     return archive
+
+
+class _Tuning:
+    """The course of `tune`."""
+
+    def __init__(self, code: _Code, model: nn.Module, feed: Feed, loss: Loss, learning_rate: float, steps: int):
+        self.code, self.model, self.feed, self.loss, self.learning_rate, self.steps = code, model, feed, loss, learning_rate, steps
+        self.optimizer = torch.optim.Adam([t.wish for t in code.tensors.values()], learning_rate, betas=_BETAS)
+        self.step = 0
+        self.losses: list[float] = []  # since the last search
+
+    def advance(self) -> Row | None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * warm_cosine(self.step / self.steps)
+        inputs, targets = self.feed.next()
+        value = self.loss(self.model(inputs), targets)
+        check_loss(value)
+        self.model.zero_grad(set_to_none=True)
+        value.backward()
+        self.code.take_gradients()
+        (measured,) = distributed.mean_gradients(self.optimizer, [float(value.detach())])
+        if not math.isfinite(measured):
+            raise MiracleError(
+                f"the loss became {measured} in tuning, step {self.step}: check the data for NaN, or lower the learning rate"
+            )
+        self.optimizer.step()
+        self.step += 1
+        self.losses.append(measured)
+        if self.step % STEPS_PER_SEARCH and self.step < self.steps:
+            return None
+        changed = self.code.search(self.step // STEPS_PER_SEARCH % _SHIFTS)
+        self.code.calm()
+        row = {"step": self.step, "loss": statistics.fmean(self.losses), "changed": changed}
+        self.losses.clear()
+        return row
+
+    def words(self, row: Row) -> str:
+        return f"loss {row['loss']:.4f}, {row['changed']:.2%} of the weights changed"
+
+    def state(self) -> dict[str, Any]:
+        wishes = [t.wish.detach() for t in self.code.tensors.values()]
+        return {"step": self.step, "bits": torch.from_numpy(self.code.bits), "wishes": wishes, "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.code.restore(state["bits"].numpy(), state["wishes"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 @dataclass

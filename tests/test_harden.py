@@ -191,6 +191,8 @@ def test_errors_say_what_is_wrong(trained_net, batches):
         harden(copy.deepcopy(trained_net).requires_grad_(False), batches, F.cross_entropy, noise=0.1, **QUIET)
     with pytest.raises(MiracleError, match="the loss became nan in hardening, step 0"):
         harden(trained_net, batches, lambda out, y: F.cross_entropy(out, y) * float("nan"), noise=0.1, **QUIET)
+    with pytest.raises(MiracleError, match="must return a scalar tensor"):
+        harden(trained_net, batches, lambda out, y: F.cross_entropy(out, y).detach(), noise=0.1, **QUIET)
     with pytest.raises(CodingError, match="hardening needs a training set"):
         compress(trained_net, budget=230, hardened=True, **QUIET)
     with pytest.raises(CodingError, match="only a network that is packaged first can be hardened"):

@@ -248,3 +248,5 @@ def test_errors_say_what_is_wrong(packaged, bnn, trained_net, batches):
         tune(packaged, nn.Linear(3, 2), batches, F.cross_entropy, **QUIET)
     with pytest.raises(MiracleError, match="the loss became nan in tuning, step 0"):
         tune(packaged, trained_net, batches, lambda out, y: F.cross_entropy(out, y) * float("nan"), **QUIET)
+    with pytest.raises(MiracleError, match="must return a scalar tensor"):
+        tune(packaged, trained_net, batches, lambda out, y: F.cross_entropy(out, y, reduction="none"), **QUIET)
