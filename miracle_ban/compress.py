@@ -25,7 +25,7 @@ from .errors import CodingError, MiracleWarning
 from .harden import harden, has_norms
 from .inputs import batches_of, made_for
 from .load import bind
-from .plan import carries_names, side_bits, skeleton
+from .plan import carries_names, check_seed, side_bits, skeleton
 from .reconstruct import Reconstruction
 from .train import BLOCK_BITS, Loss, fit, index_budget_bits, seeded
 from .tune import tune
@@ -96,6 +96,7 @@ def compress(
     Example:
         >>> archive = compress(net, loader, F.cross_entropy, budget="1.5 kB")  # doctest: +SKIP
     """
+    check_seed(seed)
     if not isinstance(net, nn.Module):
         if batches is not None or inputs is not None:
             raise CodingError("a state dict cannot be run on data: give the network itself")

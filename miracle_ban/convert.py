@@ -382,8 +382,10 @@ def as_module(state: Mapping[str, Tensor]) -> nn.Module:
     """A module without a forward that holds a state dict: its floating-point tensors as parameters, statistics of norms as buffers.
 
     Raises:
-        UnsupportedModelError: it is empty, or holds something else than tensors.
+        UnsupportedModelError: it is no state dict, is empty, or holds something else than tensors.
     """
+    if not isinstance(state, Mapping):
+        raise UnsupportedModelError(f"a network or its state dict is wanted, not {state!r:.80}: load it first")
     wrong = [str(name) for name, t in state.items() if not isinstance(t, Tensor)]
     if wrong or not state:
         raise UnsupportedModelError(

@@ -53,8 +53,10 @@ def save(archive: Archive, path: str | os.PathLike[str]) -> int:
     The old file stays whole until the new one is (`files.write_whole`).
 
     Raises:
-        MiracleError: the folder does not exist or is not writable, or the disk is full.
+        MiracleError: it is no archive, the folder does not exist or is not writable, or the disk is full.
     """
+    if not isinstance(archive, Archive):
+        raise MiracleError(f"an archive is wanted, from compress or encode, not a value of type {type(archive).__name__}")
     return write_whole(Path(path), archive.to_bytes())
 
 

@@ -33,7 +33,7 @@ from .feed import Feed, is_sharded
 from .layers import posteriors
 from .objective import Steering
 from .packing import Goal, Packing
-from .plan import carries_names, freeze_priors, kl_bits_by_tensor, predicted_index_bits, side_bits, skeleton
+from .plan import carries_names, check_seed, freeze_priors, kl_bits_by_tensor, predicted_index_bits, side_bits, skeleton
 from .reconstruct import Reconstruction
 from .teaching import Taught, imitation
 from .train import (
@@ -113,8 +113,7 @@ def encode(
     """
     started = time.monotonic()
     progress = progress and distributed.rank() == 0
-    if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-        raise CodingError(f"seed must be an integer from 0 to 2^64 - 1, not {seed!r}")
+    check_seed(seed)
     if not (math.isfinite(learning_rate) and learning_rate > 0):
         raise CodingError(f"learning_rate must be positive, not {learning_rate}")
     if block_bits is not None and not block_bits > 0:

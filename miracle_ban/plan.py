@@ -52,6 +52,12 @@ def freeze_priors(model: nn.Module) -> dict[str, np.ndarray]:
     return codes
 
 
+def check_seed(seed: object) -> None:
+    """Raise unless the format can hold the key of the shared randomness."""
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise CodingError(f"seed must be an integer from 0 to 2^64 - 1, not {seed!r}")
+
+
 def num_blocks(kl_bits: float, count: int, block_bits: float, largest: int = LARGEST_DIMENSION) -> int:
     """Blocks for a tensor: each about `block_bits` of KL, and no more than `largest` weights."""
     if count == 0:

@@ -224,6 +224,11 @@ def test_a_missing_folder_is_an_error(archives, tmp_path):
         save(archives[True], tmp_path)  # a folder itself
 
 
+def test_what_is_no_archive_is_not_saved(tmp_path):
+    with pytest.raises(MiracleError, match="not a value of type TinyNet"):
+        save(helpers.TinyNet(), tmp_path / "net.mban")
+
+
 @pytest.mark.parametrize(("where", "code"), [("fsync", errno.ENOSPC), ("replace", errno.EACCES), ("open", errno.EROFS)])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(archives, files, monkeypatch, where, code):
     path = files[True]
