@@ -32,7 +32,7 @@ from .errors import BudgetError, CodingError, MiracleWarning
 from .feed import Feed, is_sharded
 from .layers import posteriors
 from .objective import Steering
-from .packing import Goal, Packing
+from .packing import Packing
 from .plan import carries_names, check_seed, freeze_priors, kl_bits_by_tensor, predicted_index_bits, side_bits, skeleton
 from .reconstruct import Reconstruction
 from .teaching import Taught, imitation
@@ -144,41 +144,27 @@ def encode(
     if sharded:
         settings["processes"] = distributed.world_size()
     saved = checkpoints.read(Path(checkpoint), stage="encode", expected=settings) if checkpoint is not None else None
-    if saved is None:
-        _check_fresh(model)
-        with_names, buffers = carries_names(names, model, budget_bits), checkpoints.model_state(model)["buffers"]
-        codes = freeze_priors(model)
-    else:
-        with_names, buffers = saved["with_names"], saved["buffers"]
-        codes = {name: v.numpy() for name, v in saved["codes"].items()}
-        checkpoints.restore_model(model, {**saved["model"], "buffers": buffers})  # those that went into the header
-    coder = coder.settled(block_bits, budget_bits or sum(kl_bits_by_tensor(model).values()))
-    archive = skeleton(model, coder=coder, seed=seed, names=with_names, codes=codes)
-    if saved is not None:
-        checkpoints.restore_model(model, saved["model"])
+    archive, coder, head = _head(model, coder, seed, names, block_bits, budget_bits, saved)
     side = side_bits(archive)
     goal = None if budget_bytes is None else index_budget_bits(budget_bytes, side)
     if goal is not None and saved is None:
         kl_bits = kl_bits_by_tensor(model) if reconstruction is None else reconstruction.kl_bits
         _check_affordable(model, kl_bits, coder, block_bits, goal, side)
-    feed = None
+    beta = session.beta if session else 1.0
+    refining = None
     if batches is not None and loss is not None and refine_steps > 0 and reconstruction is None:
         with distributed.apart(not sharded), seeded(seed, device):
             feed = Feed(batches, device, num_examples, sharded=sharded, seed=seed)
-    rounds = max(1, rounds) if feed is not None else 1
-    packing: Packing
+        refining = _Refining(model, feed, loss, refine_steps, learning_rate, beta)
+    rounds = max(1, rounds) if refining else 1
     kept = None if saved is None else saved["packing"]
+    packing: Packing
     if isinstance(coder, coders.Trellis):
         packing = TrellisPacking(model, archive, coder, budget_bits=budget_bits, rounds=rounds, saved=kept,
                                  reconstruction=reconstruction)  # fmt: skip
-        rounds = len(packing.turns)
     else:
         assert isinstance(coder, coders.BlockCoder)
         packing = BlockPacking(model, archive, coder, block_bits=block_bits, goal_bits=goal, rounds=rounds, saved=kept)
-        rounds = max(1, min(rounds, packing.total))
-    beta = session.beta if session else 1.0
-    steering: dict[tuple[str, ...], Steering] = {}
-    optimizer = make_optimizer(model, learning_rate)
     history: list[dict[str, float]] = []
     done = 0
     model.train()
@@ -186,32 +172,26 @@ def encode(
     with seeded(distributed.own_seed(seed) if sharded else seed, device), bar:
         if saved is not None:
             packing.restore(saved["packing"])
-            optimizer.load_state_dict(saved["optimizer"])
             checkpoints.restore_generators(saved["generators"][distributed.rank() if sharded else 0], device)
-            if feed is not None and saved["feed"] is not None:
-                feed.restore(saved["feed"])
-            done, history, beta = saved["round"], saved["history"], saved["beta"]
-            steering = {tuple(names): Steering(b, gain=_GAIN, response=_RESPONSE) for names, b in saved["betas"]}
+            if refining and saved["refining"] is not None:
+                refining.restore(saved["refining"])
+            done, history = saved["round"], saved["history"]
         while packing.num_coded < packing.total:
-            packing.code_round(max(rounds - done, 1))
+            packing.code_round(max(min(rounds, packing.total) - done, 1))
             done += 1
-            if feed is not None and loss is not None and packing.num_coded < packing.total:
-                feed.restart()
-                _set_rate(optimizer, learning_rate * (1.0 - (1.0 - _LAST_RATE) * packing.num_coded / packing.total))
+            if refining and packing.num_coded < packing.total:
                 with distributed.apart(not sharded):
-                    value, beta = _refine(model, feed, loss, optimizer, packing.goals(), steering, beta, refine_steps)
+                    value = refining.refine(packing)
                 distributed.synchronise(model.parameters())
                 spent = packing.spent_bits()
-                history.append({"coded": packing.num_coded, "loss": value, "beta": beta, "spent_bits": spent})
-                bar.set_postfix_str(f"loss {value:.4f}, beta {beta:.3g}, {(side + spent) / 8:,.0f} bytes so far")
+                history.append({"coded": packing.num_coded, "loss": value, "beta": refining.beta, "spent_bits": spent})
+                bar.set_postfix_str(f"loss {value:.4f}, beta {refining.beta:.3g}, {(side + spent) / 8:,.0f} bytes so far")
             if checkpoint is not None and packing.num_coded < packing.total:
                 state = checkpoints.generator_state(device)
                 content = {
-                    "stage": "encode", "settings": settings, "with_names": with_names, "buffers": buffers,
-                    "codes": {n: torch.from_numpy(c) for n, c in codes.items()}, "model": checkpoints.model_state(model),
-                    "packing": packing.state(), "round": done, "history": history, "beta": beta,
-                    "betas": [(list(n), s.beta) for n, s in steering.items()], "optimizer": optimizer.state_dict(),
-                    "feed": None if feed is None else feed.state(), "generators": distributed.gather(state) if sharded else [state],
+                    "stage": "encode", "settings": settings, "head": head, "model": checkpoints.model_state(model),
+                    "packing": packing.state(), "round": done, "history": history, "refining": refining.state() if refining else None,
+                    "generators": distributed.gather(state) if sharded else [state],
                 }  # fmt: skip
                 checkpoints.write(Path(checkpoint), content)
             bar.update(packing.num_coded - bar.n)
@@ -220,12 +200,38 @@ def encode(
         limit = budget_bytes
         size = packing.shorten(archive, lambda size: size <= limit)
     distributed.check_same(zlib.crc32(archive.to_bytes()), "checksum of the archive")
-    archive.info = _account(packing, archive, size, beta, history, time.monotonic() - started)
+    archive.info = _account(packing, archive, size, refining.beta if refining else beta, history, time.monotonic() - started)
     if budget_bytes is not None and size > budget_bytes:
         warnings.warn(f"the file takes {size} bytes, over the budget of {budget_bytes}", MiracleWarning, stacklevel=2)
     if checkpoint is not None:
         checkpoints.remove(Path(checkpoint))
     return archive
+
+
+def _head(
+    model: nn.Module,
+    coder: coders.Coder,
+    seed: int,
+    names: bool | None,
+    block_bits: float,
+    budget_bits: float | None,
+    saved: dict[str, Any] | None,
+) -> tuple[Archive, coders.Coder, dict[str, Any]]:
+    """The archive without its codewords, the coder settled, and what a resumed packaging makes them from; brings back a saved model."""
+    if saved is None:
+        _check_fresh(model)
+        with_names, buffers = carries_names(names, model, budget_bits), checkpoints.model_state(model)["buffers"]
+        codes = {name: torch.from_numpy(c) for name, c in freeze_priors(model).items()}
+        head: dict[str, Any] = {"with_names": with_names, "buffers": buffers, "codes": codes}
+    else:
+        head = saved["head"]
+        checkpoints.restore_model(model, {**saved["model"], "buffers": head["buffers"]})  # those that went into the header
+    coder = coder.settled(block_bits, budget_bits or sum(kl_bits_by_tensor(model).values()))
+    own = {name: c.numpy() for name, c in head["codes"].items()}
+    archive = skeleton(model, coder=coder, seed=seed, names=head["with_names"], codes=own)
+    if saved is not None:
+        checkpoints.restore_model(model, saved["model"])
+    return archive, coder, head
 
 
 def _in_context(
@@ -291,33 +297,49 @@ def _check_affordable(
         )
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group, factor in zip(optimizer.param_groups, (1.0, LOG_STD_RATE), strict=True):
-        group["lr"] = factor * learning_rate
+class _Refining:
+    """Training of the weights that are not coded yet, between rounds; betas are steered to what is left of the budget."""
 
+    def __init__(self, model: nn.Module, feed: Feed, loss: Loss, steps: int, learning_rate: float, beta: float):
+        self.model, self.feed, self.loss, self.steps, self.learning_rate = model, feed, loss, steps, learning_rate
+        self.beta = beta  # the mean of them
+        self.steering: dict[tuple[str, ...], Steering] = {}  # by the tensors that have it in common
+        self.optimizer = make_optimizer(model, learning_rate)
 
-def _refine(
-    model: nn.Module,
-    feed: Feed,
-    loss: Loss,
-    optimizer: torch.optim.Optimizer,
-    goals: list[Goal],
-    steering: dict[tuple[str, ...], Steering],
-    beta: float,
-    steps: int,
-) -> tuple[float, float]:
-    """Train the weights not coded yet; the betas keep their KL at `goals`. Returns the mean loss and the mean beta."""
-    for goal in goals:
-        steering.setdefault(goal.names, Steering(beta, gain=_GAIN, response=_RESPONSE))
-    total, now = 0.0, dict.fromkeys(posteriors(model), beta) | {n: steering[g.names].beta for g in goals for n in g.names}
-    for _ in range(steps):
-        value, kl_nats = train_step(model, feed.next(), loss, optimizer, beta=now, num_examples=feed.num_examples)
-        total += value
+    def refine(self, packing: Packing) -> float:
+        """Train after a round; returns the mean loss."""
+        self.feed.restart()
+        rate = self.learning_rate * (1.0 - (1.0 - _LAST_RATE) * packing.num_coded / packing.total)
+        for group, factor in zip(self.optimizer.param_groups, (1.0, LOG_STD_RATE), strict=True):
+            group["lr"] = factor * rate
+        goals, own = packing.goals(), self.steering
         for goal in goals:
-            bits = sum(kl_nats[n] for n in goal.names) / NATS_PER_BIT + goal.extra_bits
-            now.update(dict.fromkeys(goal.names, steering[goal.names].update(bits, goal.target_bits)))
-    weight = sum(g.target_bits for g in goals)
-    return total / steps, sum(steering[g.names].beta * g.target_bits for g in goals) / weight if goals else beta
+            own.setdefault(goal.names, Steering(self.beta, gain=_GAIN, response=_RESPONSE))
+        betas = dict.fromkeys(posteriors(self.model), self.beta) | {n: own[g.names].beta for g in goals for n in g.names}
+        total = 0.0
+        for _ in range(self.steps):
+            value, kl_nats = train_step(
+                self.model, self.feed.next(), self.loss, self.optimizer, beta=betas, num_examples=self.feed.num_examples
+            )
+            total += value
+            for goal in goals:
+                bits = sum(kl_nats[n] for n in goal.names) / NATS_PER_BIT + goal.extra_bits
+                betas.update(dict.fromkeys(goal.names, own[goal.names].update(bits, goal.target_bits)))
+        if goals:
+            self.beta = sum(own[g.names].beta * g.target_bits for g in goals) / sum(g.target_bits for g in goals)
+        return total / self.steps
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed packaging goes on from."""
+        betas = [(list(names), s.beta) for names, s in self.steering.items()]
+        return {"beta": self.beta, "betas": betas, "optimizer": self.optimizer.state_dict(), "feed": self.feed.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.beta = state["beta"]
+        self.steering = {tuple(names): Steering(b, gain=_GAIN, response=_RESPONSE) for names, b in state["betas"]}
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.feed.restore(state["feed"])
 
 
 def _account(packing: Packing, archive: Archive, size: int, beta: float, history: list[dict[str, float]], seconds: float) -> dict[str, Any]:
