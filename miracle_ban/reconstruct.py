@@ -11,6 +11,8 @@ surgery (Hassibi and Stork 1993) for a random code, as GPTQ is for rounding (Fra
 makes up for the layers before as well. Noise in a weight that all others answer costs 1 / (H^-1)_ii (Hassibi and Stork, equation 5;
 here with the prior's ridge in H), less than H_ii; so the variances are 1 / (precision / (H^-1)_ii + 1 / s^2), and a layer whose
 weights can repair each other gets fewer bits.
+Least squares from inputs that carry noise shrink a layer's outputs, less where the layer is coded well, and layer after layer that
+adds up; so once a layer is coded, each unit is scaled until its outputs vary as they did in the float network (`gains`).
 Leans on `layers`, `convert` and torch.
 """
 
@@ -35,6 +37,7 @@ _PRIOR = 1.5  # variance of the prior over that of the weights: the corrections 
 _FARTHEST, _FARTHEST_ELSEWHERE = 5.0, 3.3  # prior stds that a weight may be away from zero, in corrected layers and in other tensors
 _LARGEST_RATIO = 0.999  # noise over variance
 _LEAST = 1e-12
+_LARGEST_GAIN = 2.0  # of a unit whose outputs are too small, or too large
 _LARGEST_PART_OF_KL = 1.5  # that a tensor may have in the rehearsal
 _DAMPING, _FLOOR = 0.1, 0.01  # of H, relative to its diagonal (so that the unit of an input hardly matters) and to the mean of that
 _LEAST_CHANNEL = 0.01  # variance that an output channel is taken to have, relative to the mean of its layer's
@@ -78,6 +81,7 @@ class Reconstruction:
         self.kl_bits: dict[str, float] = {}  # that each tensor is going to have when it is coded
         self.owner = _owners(model)
         self.output: dict[str, Tensor] = {}  # of each module that owns something: what noise is held against, by channel
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # mean and variance of its outputs in the float network, by channel
         self._regressions: dict[str, _Regression] = {}
         with torch.no_grad():
             self._precision = self._measure()
@@ -127,6 +131,9 @@ class Reconstruction:
             part[name] = min(float(p.kl()) / max(before[name], _LEAST), _LARGEST_PART_OF_KL)
             noise = torch.randn(p.mean.shape, generator=generator, dtype=torch.float32, device="cpu").to(p.mean)
             p.fix(torch.arange(p.mean.numel(), device=p.mean.device), (p.mean + p.log_std.exp() * noise).flatten())
+            gains = self.gains(name)
+            if gains is not None:
+                p.value.mul_(gains.reshape(-1, *[1] * (p.mean.dim() - 1)))
         self.model = real
         self.allocate(kl_bits * sum(before.values()) / sum(part[name] * v for name, v in before.items()))
         self.kl_bits = {name: part[name] * float(p.kl()) / NATS_PER_BIT for name, p in posteriors(self.model).items()}
@@ -143,9 +150,9 @@ class Reconstruction:
 
         That is the geometric mean of the variances of an output channel and of its layer: on ResNet-20 better than either.
         """
-        inputs, outputs = _moments(self.float, set(self.owner.values()), self.batches)
+        inputs, self.moments = _moments(self.float, set(self.owner.values()), self.batches)
         self.owner = {name: module for name, module in self.owner.items() if module in inputs}
-        for measured, channels in outputs.items():
+        for measured, (_, channels) in self.moments.items():
             layer = channels.mean().clamp_min(_LEAST)
             self.output[measured] = layer * (channels / layer).clamp_min(_LEAST_CHANNEL).sqrt()
         held = {name: p for name, p in posteriors(self.model).items() if p.mean.numel()}
@@ -161,7 +168,7 @@ class Reconstruction:
             elif not matrix:
                 found[name] = self.output[module].reciprocal().to(p.mean)
             else:
-                variance = inputs[module].reshape(_groups(self.float.get_submodule(module)), -1)
+                variance = inputs[module][1].reshape(_groups(self.float.get_submodule(module)), -1)
                 variance = variance + _DAMPING * variance.mean(1, keepdim=True) + _LEAST
                 variance = variance.repeat_interleave(p.mean.shape[0] // len(variance), 0)
                 precision = variance / self.output[module][:, None]
@@ -176,7 +183,7 @@ class Reconstruction:
             return
         p, layer = posteriors(self.model)[name], self.float.get_submodule(module)
         if p.mean.dim() == 1:
-            p.mean.add_((self._mean_output(self.float, module) - self._mean_output(self.model, module)).to(p.mean))
+            p.mean.add_((self.moments[module][0] - self._output_moments(module)[0]).to(p.mean))
             _match(p, (self.lam / self.output[module]).to(p.mean), kl_bits)
             return
         trained = _parts(layer, self.trained[name])
@@ -236,10 +243,24 @@ class Reconstruction:
             return h, c
         return h - mean[:, :, None] * mean[:, None, :], c - mean_float[:, :, None] * mean[:, None, :]
 
-    def _mean_output(self, net: nn.Module, module: str) -> Tensor:
-        """Mean of a module's outputs by channel."""
-        rows = [_channels(net.get_submodule(module), _called(net, module, batch, output=True)) for batch in self.batches]
-        return torch.cat(rows, 1).mean(1)
+    @torch.no_grad()
+    def gains(self, name: str) -> Tensor | None:
+        """After a layer is coded: by what its units are too small, `[units]`; None where there is nothing to compare with.
+
+        Least squares from inputs that are not what they were shrink a layer's outputs, and over many layers that adds up.
+        """
+        module = self.owner.get(name)
+        if module is None or posteriors(self.model)[name].mean.dim() == 1:
+            return None
+        wanted, found = self.moments[module][1], self._output_moments(module)[1]
+        return ((wanted + _LEAST) / (found + _LEAST)).sqrt().clamp(1.0 / _LARGEST_GAIN, _LARGEST_GAIN)
+
+    def _output_moments(self, module: str) -> tuple[Tensor, Tensor]:
+        """Mean and variance of a module's outputs in the network as it is coded so far, by channel."""
+        sums = _Sums()
+        for batch in self.batches:
+            sums.add(_channels(self.model.get_submodule(module), _called(self.model, module, batch, output=True)))
+        return sums.moments()
 
 
 def _owners(model: nn.Module) -> dict[str, str]:
@@ -419,17 +440,38 @@ def _channels(module: nn.Module, x: Tensor) -> Tensor:
     return (x[None] if single else x).transpose(0, 1).flatten(1).float()
 
 
-def _moments(net: nn.Module, modules: set[str], batches: list[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Variances by channel of the inputs and outputs of those of the modules that are called."""
-    sums: dict[str, list[list[Tensor]]] = {}
+class _Sums:
+    """Sums over places that moments by channel come from."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.square = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, values: Tensor) -> None:
+        """`[channels, places]`."""
+        self.count += values.shape[1]
+        self.total, self.square = self.total.to(values.device) + values.sum(1), self.square.to(values.device) + values.square().sum(1)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance."""
+        mean = self.total / self.count
+        return mean, (self.square / self.count - mean.square()).clamp_min(0.0)
+
+
+Moments = dict[str, tuple[Tensor, Tensor]]
+
+
+def _moments(net: nn.Module, modules: set[str], batches: list[Any]) -> tuple[Moments, Moments]:
+    """Moments by channel of the inputs and outputs of those of the modules that are called, when they first are."""
+    sums: dict[str, tuple[_Sums, _Sums]] = {}
+    seen: set[str] = set()
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            for i, x in enumerate((args[0], output)):
-                values = _channels(module, x)
-                part = [values.new_tensor(values.shape[1]), values.sum(1), values.square().sum(1)]
-                held = sums.setdefault(name, [[], []])
-                held[i] = [a + b for a, b in zip(held[i], part, strict=True)] if held[i] else part
+            if name in seen:
+                return
+            seen.add(name)
+            for own, x in zip(sums.setdefault(name, (_Sums(), _Sums())), (args[0], output), strict=True):
+                own.add(_channels(module, x))
 
         return keep
 
@@ -437,15 +479,12 @@ def _moments(net: nn.Module, modules: set[str], batches: list[Any]) -> tuple[dic
     try:
         with use_mode(net, "mean"):
             for batch in batches:
+                seen.clear()
                 _check_finite(_through(net, batch))
     finally:
         for h in hooks:
             h.remove()
-
-    def variance(count: Tensor, total: Tensor, square: Tensor) -> Tensor:
-        return (square / count - (total / count).square()).clamp_min(0.0)
-
-    return {n: variance(*v[0]) for n, v in sums.items()}, {n: variance(*v[1]) for n, v in sums.items()}
+    return {n: v[0].moments() for n, v in sums.items()}, {n: v[1].moments() for n, v in sums.items()}
 
 
 def _through(net: nn.Module, batch: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from . import distributed, trellis
 from .bits import NATS_PER_BIT
 from .coders.trellis import OVERLAP, SEGMENT, Features, StepLaw, Trellis, best_path, emitted_bits, in_turn, path_bits, step_bits, viterbi
-from .container import Archive, Path, rates
+from .container import Archive, Path, prior_code, prior_std, rates
 from .gaussian import Blocks
 from .layers import Posterior, posteriors
 from .packing import Goal, Packing, gather, live_positions
@@ -29,6 +29,7 @@ _STEPS_AT_ONCE = 1 << 13  # in one search through several tensors
 _LARGEST_LOG2_FRAMES = 12
 _CORRECTIONS, _FEWEST_STEPS = 16, 64  # parts that a reconstructed tensor is coded in, and steps in each at least
 _LARGE, _CORRECTIONS_OF_LARGE = 1 << 18, 4  # weights; solving for them again takes seconds
+_SPARE_BITS = 0.1  # for each unit of a layer: prior codes that change take about as many bits as before
 _LARGEST_FACTOR = 1.3  # more bits than that over what the KL asks for buy next to nothing
 
 Piece = tuple[int, int, int]  # record number, first step, stop
@@ -66,18 +67,21 @@ class TrellisPacking(Packing):
         self.efficiency = coder.efficiency
         held = posteriors(model)
         coded = [i for i, r in enumerate(archive.records) if r.kind == "coded"]
+        self.limit_bits = budget_bits
+        self.candidates: dict[int, np.ndarray] = {}  # of layers that are being coded: values over the prior's std
         self.posterior: dict[int, Posterior] = {i: held[str(archive.records[i].name)] for i in coded}
         self.count = {i: len(self._free(i)) for i in coded}
         frames = 0 if reconstruction else min(round(math.log2(max(rounds, 1))), _LARGEST_LOG2_FRAMES)
         frames = frames if saved is None else saved["log2_frames"]
         self.path = archive.path = Path(coder.memory or 0, frames)
         if saved is None:
-            self._allocate(coder, budget_bits)
+            self._allocate(coder, None if budget_bits is None else budget_bits - self._spare_bits())
             if reconstruction is not None:
                 reconstruction.unshrink()
         else:
             for i in coded:
                 archive.records[i].rate = Rate(*saved["rates"][i])
+                archive.records[i].prior_codes = saved["prior_codes"][i].numpy()
         self.rates = rates(archive)
         self.features = Features(self.seed, self.path.memory, next(model.parameters()).device)
         self.total = sum(r.steps for r in self.rates.values())
@@ -105,6 +109,11 @@ class TrellisPacking(Packing):
             for i, bits in wanted.items():
                 records[i].rate = Rate.of(self.count[i], bits * factor)
         self._trim(min(budget_bits, side + _LARGEST_FACTOR * total))
+
+    def _spare_bits(self) -> float:
+        """Kept free for prior codes that change when their layer is coded (`_rescale`)."""
+        units = sum(len(self.archive.records[i].prior_codes) for i, p in self.posterior.items() if p.mean.dim() > 1)
+        return _SPARE_BITS * units if self.reconstruction else 0.0
 
     def _trim(self, budget_bits: float) -> None:
         """Change rates by the smallest steps there are, those of large tensors first, until the file is as large as it may be."""
@@ -162,6 +171,7 @@ class TrellisPacking(Packing):
                 states, _ = best_path(laws[number], self.state_before, first, stop, distributed.spread)
                 self._commit(number, first, states, path_bits(laws[number], states, first))
                 pieces = _after(pieces, [(number, first, stop)])
+                self._rescale_if_coded(number, pieces)
                 continue
             together = _up_to(pieces[:1], at_once) if self.reconstruction else _up_to(pieces, _STEPS_AT_ONCE)
             rest = _after(pieces, together)
@@ -171,6 +181,7 @@ class TrellisPacking(Packing):
                     laws[i] = self._law(i)
             self._search(together, beyond, laws)
             pieces = rest
+            self._rescale_if_coded(number, pieces)
         self.turn += 1
 
     def _reconstruct(self, number: int, step: int) -> None:
@@ -181,6 +192,28 @@ class TrellisPacking(Packing):
         p = self.posterior[number]
         (self.reconstruction.update if step else self.reconstruction.begin)(p.name, kl_bits)
         distributed.synchronise([p.mean, p.log_std])
+
+    def _rescale_if_coded(self, number: int, pieces: list[Piece]) -> None:
+        """Once nothing of a layer is left among `pieces`, bring its units back to their size in the float network by their prior codes."""
+        if self.reconstruction is None or (pieces and pieces[0][0] == number):
+            return
+        candidates, p, record = self.candidates.pop(number), self.posterior[number], self.archive.records[number]
+        gains = self.reconstruction.gains(p.name)
+        if gains is None or len(record.prior_codes) != len(gains):
+            return
+        distributed.synchronise([gains])
+        before = record.prior_codes
+        own = prior_code(prior_std(before) * gains.cpu().numpy())
+        shift = int(np.median((own.astype(np.int64) - before)[before > 0])) if before.any() else 0
+        alike = np.where(before > 0, np.clip(before + np.int64(shift), 1, 255), 0).astype(np.uint8)  # takes no more bits
+        record.prior_codes = own
+        stream = sum(r.bits for r in self.rates.values())
+        if self.limit_bits is not None and 8 * self.archive.size_bytes + 8 * -(-stream // 8) > self.limit_bits:
+            record.prior_codes = alike
+        std = torch.from_numpy(prior_std(np.maximum(record.prior_codes, 1))).reshape(-1, *[1] * (p.mean.dim() - 1))
+        p.freeze_prior(std)
+        everything = torch.arange(p.mean.numel(), device=p.mean.device)
+        p.fix(everything, (torch.from_numpy(candidates).reshape(p.mean.shape) * std.float()).flatten().to(p.mean.device))
 
     def _search(self, pieces: list[Piece], beyond: list[Piece], laws: dict[int, StepLaw]) -> None:
         """Find the best path through `pieces`, with what follows in view, and commit it."""
@@ -217,6 +250,8 @@ class TrellisPacking(Packing):
         law = Blocks.of(mean, std, prior)
         self.kl_bits.append(law.kl_nats().numpy() / NATS_PER_BIT)
         self.log2_ratio.append(law.log_ratio(torch.from_numpy(np.where(inside, values, 0.0))).numpy() / NATS_PER_BIT)
+        if self.reconstruction:
+            self.candidates.setdefault(number, np.zeros(p.mean.numel(), np.float32))[place[inside]] = values[inside]
         weights = values * prior.float().numpy()
         p.fix(torch.from_numpy(place[inside]).to(p.mean.device), torch.from_numpy(weights[inside]))
 
@@ -248,6 +283,7 @@ class TrellisPacking(Packing):
         """See `Packing.state`."""
         return {
             "rates": {i: (r.count, r.width, r.rate) for i, r in self.rates.items()}, "turn": self.turn,
+            "prior_codes": {i: torch.from_numpy(self.archive.records[i].prior_codes) for i in self.posterior},
             "memory": self.path.memory, "log2_frames": self.path.log2_frames,
             "state_before": self.state_before, "bits": torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *self.bits])),
             "account": [torch.from_numpy(a) for a in self.account()],

@@ -14,6 +14,7 @@ from torch import nn
 
 from miracle_ban import compress, convert, decode, kl
 from miracle_ban.bits import NATS_PER_BIT
+from miracle_ban.coders import Trellis
 from miracle_ban.container import parse
 from miracle_ban.errors import MiracleError, MiracleWarning
 from miracle_ban.inputs import batches_of, made_for
@@ -279,6 +280,34 @@ def test_later_parts_make_up_for_earlier_ones(normed):
             found.begin(name, None)
         repaired = float((bnn(x) - wanted).square().mean())
     assert repaired < 0.5 * hurt
+
+
+def test_units_keep_their_size_through_many_layers(monkeypatch):
+    torch.manual_seed(0)
+    blocks = [(nn.Conv2d(12 if i else 3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU()) for i in range(10)]
+    net = nn.Sequential(*(m for block in blocks for m in block), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4))
+    for k in range(30):
+        net(images(32, seed=k))
+    net.eval()
+    inputs, budget = images(256, seed=99), 1700
+
+    def spreads(model):
+        with torch.no_grad():
+            return torch.stack([model[: 3 * i + 2](inputs).std((0, 2, 3)) for i in range(len(blocks))])
+
+    def off():
+        """How far from the float network's the spreads of the last layers are."""
+        archive = compress(net, inputs=inputs, budget=budget, coder=Trellis(memory=8), progress=False)
+        assert len(archive.to_bytes()) <= budget
+        decoded = copy.deepcopy(net)
+        decoded.load_state_dict(decode(parse(archive.to_bytes()), decoded))
+        return (spreads(decoded) / spreads(net)).log().abs()[-5:]
+
+    now = off()
+    monkeypatch.setattr(Reconstruction, "gains", lambda *_: None)
+    before = off()
+    assert now.mean() < 0.06  # prior scales have eight steps an octave
+    assert now.mean() < 0.5 * before.mean()
 
 
 @pytest.mark.parametrize("coder", ["trellis", "gprs"])
