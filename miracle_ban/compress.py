@@ -33,7 +33,7 @@ from .tune import tune
 _BITS_TO_PACKAGE_FIRST = 0.5  # a weight; by hand, between a ResNet-20 in 40,000 bytes (1.2) and LeNet-5 in 1,140 (0.02)
 _MEMORY_TO_TUNE = 12  # the path is searched some hundred times
 _EPOCHS_TO_HARDEN = 20.0
-_LEAST_RATE = 0.3  # bits a weight of a tensor that is hardened; below, hardly anything is left of it
+_LEAST_RATE = 0.3  # bits a weight that hardening reckons with; below, hardly anything is left of a tensor
 
 
 @torch.enable_grad()
@@ -191,7 +191,7 @@ def _noise(plan: Reconstruction, net: nn.Module) -> dict[str, float]:
     """Variance of the noise over that of the weights, for each matrix or kernel of `net`: v / (1 - v), v = 2^-2R, of the prior's."""
     count = {name: p.numel() for name, p in net.named_parameters() if p.dim() > 1}
     rate = {name: bits / count[name] for name, bits in plan.kl_bits.items() if name in count}
-    return {name: 1.0 / (2.0 ** (2.0 * r) - 1.0) for name, r in rate.items() if r > _LEAST_RATE}
+    return {name: 1.0 / (2.0 ** (2.0 * max(r, _LEAST_RATE)) - 1.0) for name, r in rate.items()}
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -166,11 +167,14 @@ def test_the_noise_follows_from_the_rates_of_the_plan(trained_net, batches, monk
         given[budget] = noise
         return copy.deepcopy(net), {}
 
-    monkeypatch.setattr(importlib.import_module("miracle_ban.compress"), "harden", spy)
+    module = importlib.import_module("miracle_ban.compress")
+    monkeypatch.setattr(module, "harden", spy)
     for budget in (230, 400):
         compress(trained_net, batches, F.cross_entropy, budget=budget, hardened=True, coder=Trellis(memory=8), **QUIET)
     assert set(given[400]) == {"conv.weight", "fc1.weight", "fc2.weight"}
     assert all(0 < given[400][name] < given[230][name] for name in given[230])
+    nothing_left = SimpleNamespace(kl_bits={"fc1.weight": 0.0, "fc1.bias": 9.0})
+    assert module._noise(nothing_left, trained_net) == {"fc1.weight": pytest.approx(1 / (2**0.6 - 1))}  # noise all the same
 
 
 def test_networks_with_norms_are_hardened_where_there_are_passes_enough(trained_net, batches):
