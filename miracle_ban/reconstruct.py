@@ -11,8 +11,8 @@ surgery (Hassibi and Stork 1993) for a random code, as GPTQ is for rounding (Fra
 makes up for the layers before as well. Noise in a weight that all others answer costs 1 / (H^-1)_ii (Hassibi and Stork, equation 5;
 here with the prior's ridge in H), less than H_ii; so the variances are 1 / (precision / (H^-1)_ii + 1 / s^2), and a layer whose
 weights can repair each other gets fewer bits.
-Least squares from inputs that carry noise shrink a layer's outputs, less where the layer is coded well, and layer after layer that
-adds up; so once a layer is coded, each unit is scaled until its outputs vary as they did in the float network (`gains`).
+Least squares from inputs that carry much noise shrink a layer's outputs, and layer after layer that adds up. So where there are few
+bits a weight each unit is scaled, once its layer is coded, until its outputs vary as they did in the float network (`gains`).
 Leans on `layers`, `convert` and torch.
 """
 
@@ -37,6 +37,8 @@ _PRIOR = 1.5  # variance of the prior over that of the weights: the corrections 
 _FARTHEST, _FARTHEST_ELSEWHERE = 5.0, 3.3  # prior stds that a weight may be away from zero, in corrected layers and in other tensors
 _LARGEST_RATIO = 0.999  # noise over variance
 _LEAST = 1e-12
+# bits a weight; by hand: at 0.75 scaling took a ResNet-56 from 86.6 to 91.9 %, at 1.2 a ResNet-20's score error rose by a fifth
+_SCALED_BELOW = 0.9
 _LARGEST_GAIN = 2.0  # of a unit whose outputs are too small, or too large
 _LARGEST_PART_OF_KL = 1.5  # that a tensor may have in the rehearsal
 _DAMPING, _FLOOR = 0.1, 0.01  # of H, relative to its diagonal (so that the unit of an input hardly matters) and to the mean of that
@@ -78,6 +80,7 @@ class Reconstruction:
         self.float = copy.deepcopy(model).eval() if batches else model  # without inputs nothing is held against it
         self.trained = {name: p.mean.detach() if batches else p.mean.detach().clone() for name, p in posteriors(self.float).items()}
         self.lam = 1.0
+        self.scaled = False  # whether units are scaled once their layer is coded
         self.kl_bits: dict[str, float] = {}  # that each tensor is going to have when it is coded
         self.owner = _owners(model)
         self.output: dict[str, Tensor] = {}  # of each module that owns something: what noise is held against, by channel
@@ -121,6 +124,7 @@ class Reconstruction:
 
         The less a layer's inputs are worth by then, the less its weights are: later layers take fewer bits than before coding.
         """
+        self.scaled = kl_bits < _SCALED_BELOW * sum(p.mean.numel() for p in posteriors(self.model).values())
         self.allocate(kl_bits)
         before = {name: float(p.kl()) for name, p in posteriors(self.model).items()}
         real, self.model = self.model, copy.deepcopy(self.model)
@@ -245,11 +249,8 @@ class Reconstruction:
 
     @torch.no_grad()
     def gains(self, name: str) -> Tensor | None:
-        """After a layer is coded: by what its units are too small, `[units]`; None where there is nothing to compare with.
-
-        Least squares from inputs that are not what they were shrink a layer's outputs, and over many layers that adds up.
-        """
-        module = self.owner.get(name)
+        """After a layer is coded: by what its units are too small, `[units]`; None where they stay as they are."""
+        module = self.owner.get(name) if self.scaled else None
         if module is None or posteriors(self.model)[name].mean.dim() == 1:
             return None
         wanted, found = self.moments[module][1], self._output_moments(module)[1]

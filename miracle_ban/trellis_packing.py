@@ -111,9 +111,9 @@ class TrellisPacking(Packing):
         self._trim(min(budget_bits, side + _LARGEST_FACTOR * total))
 
     def _spare_bits(self) -> float:
-        """Kept free for prior codes that change when their layer is coded (`_rescale`)."""
+        """Kept free for prior codes that change when their layer is coded (`_rescale_if_coded`)."""
         units = sum(len(self.archive.records[i].prior_codes) for i, p in self.posterior.items() if p.mean.dim() > 1)
-        return _SPARE_BITS * units if self.reconstruction else 0.0
+        return _SPARE_BITS * units if self.reconstruction and self.reconstruction.scaled else 0.0
 
     def _trim(self, budget_bits: float) -> None:
         """Change rates by the smallest steps there are, those of large tensors first, until the file is as large as it may be."""

