@@ -445,12 +445,14 @@ class _Sums:
     """Sums over places that moments by channel come from."""
 
     def __init__(self) -> None:
-        self.count, self.total, self.square = 0, torch.zeros(()), torch.zeros(())
+        self.count = 0
+        self.total: Any = 0.0
+        self.square: Any = 0.0
 
     def add(self, values: Tensor) -> None:
         """`[channels, places]`."""
         self.count += values.shape[1]
-        self.total, self.square = self.total.to(values.device) + values.sum(1), self.square.to(values.device) + values.square().sum(1)
+        self.total, self.square = self.total + values.sum(1), self.square + values.square().sum(1)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance."""
