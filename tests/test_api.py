@@ -23,8 +23,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "load", "distributed",
     "gaussian", "coders", "layers", "structure", "convert", "inputs", "teaching", "reconstruct", "ban", "recursion",
-    "checkpoint", "feed", "course", "plan", "objective", "train", "penalty", "harden", "packing", "block_packing", "trellis_packing", "tune", "encode", "compress", "hub",
-    "sources", "plots", "demo", "listing", "cli",
+    "checkpoint", "feed", "course", "plan", "objective", "train", "penalty", "harden", "packing", "block_packing", "trellis_packing", "tune",
+    "encode", "compress", "hub", "sources", "plots", "demo", "listing", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}
 
