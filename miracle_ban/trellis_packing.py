@@ -68,7 +68,8 @@ class TrellisPacking(Packing):
         held = posteriors(model)
         coded = [i for i, r in enumerate(archive.records) if r.kind == "coded"]
         self.limit_bits = budget_bits
-        self.candidates: dict[int, np.ndarray] = {}  # of layers that are being coded: values over the prior's std
+        self.scaled = reconstruction is not None and reconstruction.scaled
+        self.candidates: dict[int, np.ndarray] = {}  # of layers that are going to be scaled: values over the prior's std
         self.posterior: dict[int, Posterior] = {i: held[str(archive.records[i].name)] for i in coded}
         self.count = {i: len(self._free(i)) for i in coded}
         frames = 0 if reconstruction else min(round(math.log2(max(rounds, 1))), _LARGEST_LOG2_FRAMES)
@@ -113,7 +114,7 @@ class TrellisPacking(Packing):
     def _spare_bits(self) -> float:
         """Kept free for prior codes that change when their layer is coded (`_rescale_if_coded`)."""
         units = sum(len(self.archive.records[i].prior_codes) for i, p in self.posterior.items() if p.mean.dim() > 1)
-        return _SPARE_BITS * units if self.reconstruction and self.reconstruction.scaled else 0.0
+        return _SPARE_BITS * units if self.scaled else 0.0
 
     def _trim(self, budget_bits: float) -> None:
         """Change rates by the smallest steps there are, those of large tensors first, until the file is as large as it may be."""
@@ -195,7 +196,7 @@ class TrellisPacking(Packing):
 
     def _rescale_if_coded(self, number: int, pieces: list[Piece]) -> None:
         """Once nothing of a layer is left among `pieces`, bring its units back to their size in the float network by their prior codes."""
-        if self.reconstruction is None or (pieces and pieces[0][0] == number):
+        if self.reconstruction is None or not self.scaled or (pieces and pieces[0][0] == number):
             return
         candidates, p, record = self.candidates.pop(number), self.posterior[number], self.archive.records[number]
         gains = self.reconstruction.gains(p.name)
@@ -250,7 +251,7 @@ class TrellisPacking(Packing):
         law = Blocks.of(mean, std, prior)
         self.kl_bits.append(law.kl_nats().numpy() / NATS_PER_BIT)
         self.log2_ratio.append(law.log_ratio(torch.from_numpy(np.where(inside, values, 0.0))).numpy() / NATS_PER_BIT)
-        if self.reconstruction:
+        if self.scaled:
             self.candidates.setdefault(number, np.zeros(p.mean.numel(), np.float32))[place[inside]] = values[inside]
         weights = values * prior.float().numpy()
         p.fix(torch.from_numpy(place[inside]).to(p.mean.device), torch.from_numpy(weights[inside]))
