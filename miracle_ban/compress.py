@@ -1,6 +1,6 @@
 """The whole of it in one call: a trained network becomes an archive, by what its user can give.
 
-Leans on `encode`, `tune`, `harden`, `train` and `reconstruct`.
+Leans on `encode`, `tune`, `harden`, `train`, `spare` and `reconstruct`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from .inputs import batches_of, made_for
 from .load import bind
 from .plan import carries_names, check_seed, side_bits, skeleton
 from .reconstruct import Reconstruction
+from .spare import drop_layers
 from .train import BLOCK_BITS, Loss, fit, index_budget_bits, seeded
 from .tune import tune
 
 _BITS_TO_PACKAGE_FIRST = 0.5  # a weight; by hand, between a ResNet-20 in 40,000 bytes (1.2) and LeNet-5 in 1,140 (0.02)
 _MEMORY_TO_TUNE = 12  # the path is searched some hundred times
 _EPOCHS_TO_HARDEN = 20.0
+_BITS_WHEN_HARDENED = 1.15  # a weight, by hand; layers are dropped until there are so many
 _LEAST_RATE = 0.3  # bits a weight that hardening reckons with; below, hardly anything is left of a tensor
 
 
@@ -81,6 +83,7 @@ def compress(
             half a bit or more for each weight, the coder is the trellis and neither `context` nor `fit_options` are given.
         hardened: of a network that is packaged first: train it before, under the noise that its code is going to bring (`harden`),
             and not inside its file. It is trained anew at a large rate; default if it has BatchNorms and there are twenty epochs or more.
+            Layers that it hardly misses are dropped first where there is little more than a bit for each weight (`spare`).
         checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit", ".harden", ".encode",
             ".packaged" and ".tune".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
@@ -160,6 +163,16 @@ def _compress_weights(
         return encode(model, coder=coder, seed=seed, budget=budget, progress=progress, **options)
 
 
+def _batches(net: nn.Module, inputs: Any, seed: int, progress: bool) -> list[Any]:
+    """What layers are measured on."""
+    with seeded(seed, torch.device("cpu")):  # a loader may shuffle
+        batches = made_for(net, seed=seed, progress=progress) if inputs is None else batches_of(inputs)
+    if not batches and type(net) is not nn.Module:
+        text = "no random input fits this network: give `inputs`, a batch, so that layers can be measured and corrected"
+        warnings.warn(text, MiracleWarning, stacklevel=5)
+    return batches
+
+
 def _planned(
     net: nn.Module,
     budget: str | int,
@@ -171,11 +184,7 @@ def _planned(
     progress: bool,
 ) -> tuple[nn.Module, coders.Coder, Reconstruction]:
     """The converted network with posteriors for the budget, the coder and what the posteriors come from."""
-    with seeded(seed, torch.device("cpu")):  # a loader may shuffle
-        batches = made_for(net, seed=seed, progress=progress) if inputs is None else batches_of(inputs)
-    if not batches and type(net) is not nn.Module:
-        text = "no random input fits this network: give `inputs`, a batch, so that layers can be measured and corrected"
-        warnings.warn(text, MiracleWarning, stacklevel=4)
+    batches = _batches(net, inputs, seed, progress)
     model = convert(net, where=where, per_unit=True)
     coder = coders.get(coder) if isinstance(coder, str) else coder
     budget_bits = 8.0 * parse_bytes(budget)
@@ -234,13 +243,17 @@ def _harden_and_package(
 ) -> Archive:
     """`compress` by packaging what was trained for it."""
     harden_file, encode_file = (None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("harden", "encode"))
+    where, names = options.pop("where"), options.get("names")
     with _full_precision(net):
-        _, _, plan = _planned(net, budget, coder, seed, inputs, options.get("where"), options.get("names"), progress)
+        seen = _batches(net, inputs, seed, progress)
+        most = 8.0 * parse_bytes(budget) / _BITS_WHEN_HARDENED
+        net, dropped = drop_layers(net, seen, most=most, where=where, progress=progress)
+        _, _, plan = _planned(net, budget, coder, seed, seen, where, names, progress)
     net, course = harden(net, batches, loss, noise=_noise(plan, net), epochs=epochs, seed=seed, checkpoint=harden_file, progress=progress)
     archive = _compress_weights(
-        net, budget=budget, coder=coder, seed=seed, inputs=inputs, progress=progress, checkpoint=encode_file, **options
+        net, budget=budget, coder=coder, seed=seed, inputs=seen, where=where, progress=progress, checkpoint=encode_file, **options
     )
-    archive.info["harden"] = course
+    archive.info["harden"] = {**course, "dropped": dropped}
     if harden_file is not None:
         checkpoints.remove(harden_file)
     return archive

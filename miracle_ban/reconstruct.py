@@ -13,7 +13,7 @@ here with the prior's ridge in H), less than H_ii; so the variances are 1 / (pre
 weights can repair each other gets fewer bits.
 Least squares from inputs that carry much noise shrink a layer's outputs, and layer after layer that adds up. So where there are few
 bits a weight each unit is scaled, once its layer is coded, until its outputs vary as they did in the float network (`gains`).
-Leans on `layers`, `convert` and torch.
+Leans on `measure`, `layers`, `convert` and torch.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import measure
 from .bits import NATS_PER_BIT
 from .convert import conversion
-from .errors import MiracleError
-from .layers import Posterior, posteriors, use_mode
+from .layers import Posterior, posteriors
 
 _PRIOR = 1.5  # variance of the prior over that of the weights: the corrections make them larger
 _FARTHEST, _FARTHEST_ELSEWHERE = 5.0, 3.3  # prior stds that a weight may be away from zero, in corrected layers and in other tensors
 _LARGEST_RATIO = 0.999  # noise over variance
 _LEAST = 1e-12
+_ROUNDING = 1e-6  # variance over mean square
 # bits a weight; by hand: at 0.75 scaling took a ResNet-56 from 86.6 to 91.9 %, at 1.2 a ResNet-20's score error rose by a fifth
 _SCALED_BELOW = 0.9
 _LARGEST_GAIN = 2.0  # of a unit whose outputs are too small, or too large
@@ -45,16 +45,8 @@ _DAMPING, _FLOOR = 0.1, 0.01  # of H, relative to its diagonal (so that the unit
 _LEAST_CHANNEL = 0.01  # variance that an output channel is taken to have, relative to the mean of its layer's
 _TYPICAL_INPUTS = 256.0  # of a layer, where no layer was seen
 _FIRST_STEPS, _STEPS = 30, 8  # of conjugate gradients: from the trained weights, from the solution before
-_LARGEST_PART = 4096  # inputs of a layer that are solved for together
-_ROWS, _ROWS_PER_INPUT = 16384, 8  # examples times positions that H is measured on: at least, and for each input
 _SAMPLE = 1 << 16  # weights that the KL of a tensor is estimated on
-_CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 _CORRECTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class _Reached(Exception):  # noqa: N818, no error
-    """The module that was waited for has been called."""
 
 
 @dataclass
@@ -124,7 +116,7 @@ class Reconstruction:
 
         The less a layer's inputs are worth by then, the less its weights are: later layers take fewer bits than before coding.
         """
-        self.scaled = kl_bits < _SCALED_BELOW * sum(p.mean.numel() for p in posteriors(self.model).values())
+        self.scaled = kl_bits < _SCALED_BELOW * sum(int(w.count_nonzero()) for w in self.trained.values())
         self.allocate(kl_bits)
         before = {name: float(p.kl()) for name, p in posteriors(self.model).items()}
         real, self.model = self.model, copy.deepcopy(self.model)
@@ -154,10 +146,14 @@ class Reconstruction:
 
         That is the geometric mean of the variances of an output channel and of its layer: on ResNet-20 better than either.
         """
-        inputs, self.moments = _moments(self.float, set(self.owner.values()), self.batches)
+        inputs, self.moments = measure.moments(self.float, set(self.owner.values()), self.batches)
         self.owner = {name: module for name, module in self.owner.items() if module in inputs}
-        for measured, (_, channels) in self.moments.items():
-            layer = channels.mean().clamp_min(_LEAST)
+        for measured, (mean, channels) in self.moments.items():
+            layer = channels.mean()
+            if layer < _ROUNDING * mean.square().mean():  # always the same outputs
+                channels = mean.square()
+                layer = channels.mean()
+            layer = layer.clamp_min(_LEAST)
             self.output[measured] = layer * (channels / layer).clamp_min(_LEAST_CHANNEL).sqrt()
         held = {name: p for name, p in posteriors(self.model).items() if p.mean.numel()}
         logs = [(p.mean.numel(), math.log(p.mean[0].numel())) for name, p in held.items() if name in self.owner and p.mean.dim() > 1]
@@ -172,11 +168,13 @@ class Reconstruction:
             elif not matrix:
                 found[name] = self.output[module].reciprocal().to(p.mean)
             else:
-                variance = inputs[module][1].reshape(_groups(self.float.get_submodule(module)), -1)
+                variance = inputs[module][1].reshape(measure.groups(self.float.get_submodule(module)), -1)
                 variance = variance + _DAMPING * variance.mean(1, keepdim=True) + _LEAST
                 variance = variance.repeat_interleave(p.mean.shape[0] // len(variance), 0)
                 precision = variance / self.output[module][:, None]
                 found[name] = precision.reshape(*variance.shape, *[1] * (p.mean.dim() - 2))
+            if matrix:
+                found[name] = found[name] * self.trained[name].flatten(1).any(1).reshape(-1, *[1] * (p.mean.dim() - 1))  # none to zeros
         return found
 
     @torch.no_grad()
@@ -190,12 +188,12 @@ class Reconstruction:
             p.mean.add_((self.moments[module][0] - self._output_moments(module)[0]).to(p.mean))
             _match(p, (self.lam / self.output[module]).to(p.mean), kl_bits)
             return
-        trained = _parts(layer, self.trained[name])
+        trained = measure.parts(layer, self.trained[name])
         h, c = self._products(module, centred=self._has_bias(module))
         variance = h.diagonal(dim1=1, dim2=2)
         damping = torch.diag_embed(_DAMPING * variance + _FLOOR * variance.mean(1, keepdim=True) + _LEAST)
         h, c = h + damping, c + damping
-        precision = (self.lam / self.output[module]).reshape(_groups(layer), -1, 1)
+        precision = (self.lam / self.output[module]).reshape(measure.groups(layer), -1, 1)
         ridge = float(self._prior_ridge(p, layer, precision).median())
         inverse = _inverse_diagonal(h + ridge * torch.eye(h.shape[1], dtype=h.dtype, device=h.device))
         worth = (inverse.reciprocal() - ridge).clamp_min(_LEAST)[:, None, :]
@@ -210,19 +208,19 @@ class Reconstruction:
 
     def _solve(self, name: str, kl_bits: float | None, steps: int) -> None:
         p, layer, r = posteriors(self.model)[name], self.float.get_submodule(self.owner[name]), self._regressions[name]
-        free = _parts(layer, (~p.fixed).to(p.mean))
-        fixed, mean = _parts(layer, p.value) * (1 - free), _parts(layer, p.mean) * free
+        free = measure.parts(layer, (~p.fixed).to(p.mean))
+        fixed, mean = measure.parts(layer, p.value) * (1 - free), measure.parts(layer, p.mean) * free
         ridge = self._prior_ridge(p, layer, r.precision)
         mean = _conjugate_gradients(lambda m: (m @ r.h + ridge * m) * free, (r.goal - fixed @ r.h) * free, mean,
                                     r.h.diagonal(dim1=1, dim2=2)[:, None, :] + ridge, steps)  # fmt: skip
-        p.mean.copy_(torch.where(p.fixed, p.mean, _joined(layer, mean, p.mean.shape)))
-        _match(p, _joined(layer, (r.precision * r.worth).expand_as(mean), p.mean.shape), kl_bits)
+        p.mean.copy_(torch.where(p.fixed, p.mean, measure.joined(layer, mean, p.mean.shape)))
+        _match(p, measure.joined(layer, (r.precision * r.worth).expand_as(mean), p.mean.shape), kl_bits)
 
     @staticmethod
     def _prior_ridge(p: Posterior, layer: nn.Module, precision: Tensor) -> Tensor:
         """What the prior adds to H, `[parts, rows, inputs]`."""
         assert p.prior_std is not None
-        return 1.0 / (_parts(layer, p.prior_std.square().expand_as(p.mean)) * precision)
+        return 1.0 / (measure.parts(layer, p.prior_std.square().expand_as(p.mean)) * precision)
 
     def _has_bias(self, module: str) -> bool:
         return f"{module}.bias" in self.owner or module in dict(conversion(self.model).folded)
@@ -237,8 +235,8 @@ class Reconstruction:
         mean_float: Any = 0.0
         count = 0
         for batch in self.batches:
-            x_float, x = (_called(net, module, batch, output=False) for net in (self.float, self.model))
-            x_float, x = _rows(layer, [x_float, x], len(self.batches), generator)
+            x_float, x = (measure.called(net, module, batch, output=False) for net in (self.float, self.model))
+            x_float, x = measure.rows(layer, [x_float, x], len(self.batches), generator)
             count += x.shape[1]
             h, c = h + x.mT @ x, c + x_float.mT @ x
             mean, mean_float = mean + x.sum(1), mean_float + x_float.sum(1)
@@ -258,9 +256,9 @@ class Reconstruction:
 
     def _output_moments(self, module: str) -> tuple[Tensor, Tensor]:
         """Mean and variance of a module's outputs in the network as it is coded so far, by channel."""
-        sums = _Sums()
+        sums = measure.Sums()
         for batch in self.batches:
-            sums.add(_channels(self.model.get_submodule(module), _called(self.model, module, batch, output=True)))
+            sums.add(measure.channels(self.model.get_submodule(module), measure.called(self.model, module, batch, output=True)))
         return sums.moments()
 
 
@@ -270,7 +268,7 @@ def _owners(model: nn.Module) -> dict[str, str]:
     for module_name, module in model.named_modules(remove_duplicate=False):
         held = module._modules.get("posterior")
         for own, p in dict(held.named_children()).items() if held is not None else ():
-            channels = p.mean.dim() == 1 and isinstance(module, (*_CHANNELS_LAST, *_CHANNELS_FIRST))
+            channels = p.mean.dim() == 1 and isinstance(module, measure.WITH_CHANNELS)
             fits = {"weight": isinstance(module, _CORRECTED), "bias": channels}.get(own, False)
             found.setdefault(str(p.name), []).append(module_name if fits else "")
     return {name: modules[0] for name, modules in found.items() if len(modules) == 1 and modules[0]}
@@ -378,149 +376,3 @@ def _inverse_diagonal(matrices: Tensor) -> Tensor:
     factors, failed = torch.linalg.cholesky_ex(matrices)
     inverses = torch.linalg.inv(matrices) if failed.any() else torch.cholesky_inverse(factors)
     return inverses.diagonal(dim1=1, dim2=2)
-
-
-def _groups(layer: nn.Module) -> int:
-    return int(getattr(layer, "groups", 1))
-
-
-def _number_of_parts(layer: nn.Module) -> int:
-    if not isinstance(layer, nn.Linear):
-        return _groups(layer)
-    least = -(-layer.in_features // _LARGEST_PART)
-    return next(n for n in range(least, layer.in_features + 1) if layer.in_features % n == 0)
-
-
-def _parts(layer: nn.Module, weights: Tensor) -> Tensor:
-    """A layer's weights as `[parts, rows, inputs]`, float32 as the inputs are."""
-    number, weights = _number_of_parts(layer), weights.float()
-    if isinstance(layer, nn.Linear):
-        return weights.reshape(len(weights), number, -1).transpose(0, 1)
-    return weights.reshape(number, len(weights) // number, -1)
-
-
-def _joined(layer: nn.Module, parts: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `_parts`."""
-    return (parts.transpose(0, 1) if isinstance(layer, nn.Linear) else parts).reshape(shape)
-
-
-def _rows(layer: nn.Module, inputs: list[Tensor], batches: int, generator: torch.Generator) -> list[Tensor]:
-    """What a layer multiplies its weights with, at the same random places of each of `inputs`: `[parts, rows, inputs]`."""
-    views = [_patches(layer, x) for x in inputs]
-    size = views[0].shape[: views[0].dim() - _inner(layer)]
-    wide = views[0][(0,) * len(size)].numel()
-    number = math.prod(size)
-    most = -(-max(_ROWS, _ROWS_PER_INPUT * wide) // batches)
-    at = torch.randperm(number, generator=generator, device="cpu")[:most] if number > most else torch.arange(number, device="cpu")
-    places = tuple(i.to(inputs[0].device) for i in torch.unravel_index(at, size))
-    return [v[places].reshape(len(at), _number_of_parts(layer), -1).transpose(0, 1).float() for v in views]
-
-
-def _inner(layer: nn.Module) -> int:
-    """Axes of one patch."""
-    return 1 if isinstance(layer, nn.Linear) else 1 + len(layer.kernel_size)  # type: ignore[arg-type]
-
-
-def _patches(layer: Any, x: Tensor) -> Tensor:
-    """A view of `x` as `[..., inputs]` of a linear layer, `[n, *places, channels, *kernel]` of a convolution."""
-    if isinstance(layer, nn.Linear):
-        return x
-    nd = len(layer.kernel_size)
-    x = x[None] if x.dim() == nd + 1 else x
-    x = F.pad(x, layer._reversed_padding_repeated_twice, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    for axis, (size, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
-        x = x.unfold(2 + axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
-    return x.movedim(1, 1 + nd)
-
-
-def _channels(module: nn.Module, x: Tensor) -> Tensor:
-    """Values of a module's inputs or outputs as `[channels, places]`."""
-    if isinstance(module, _CHANNELS_LAST):
-        return x.reshape(-1, x.shape[-1]).T.float()
-    single = isinstance(module, nn.modules.conv._ConvNd) and x.dim() == 1 + len(module.kernel_size)
-    return (x[None] if single else x).transpose(0, 1).flatten(1).float()
-
-
-class _Sums:
-    """Sums over places that moments by channel come from."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total: Any = 0.0
-        self.square: Any = 0.0
-
-    def add(self, values: Tensor) -> None:
-        """`[channels, places]`."""
-        self.count += values.shape[1]
-        self.total, self.square = self.total + values.sum(1), self.square + values.square().sum(1)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance."""
-        mean = self.total / self.count
-        return mean, (self.square / self.count - mean.square()).clamp_min(0.0)
-
-
-Moments = dict[str, tuple[Tensor, Tensor]]
-
-
-def _moments(net: nn.Module, modules: set[str], batches: list[Any]) -> tuple[Moments, Moments]:
-    """Moments by channel of the inputs and outputs of those of the modules that are called, when they first are."""
-    sums: dict[str, tuple[_Sums, _Sums]] = {}
-    seen: set[str] = set()
-
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if name in seen:
-                return
-            seen.add(name)
-            for own, x in zip(sums.setdefault(name, (_Sums(), _Sums())), (args[0], output), strict=True):
-                own.add(_channels(module, x))
-
-        return keep
-
-    hooks = [net.get_submodule(name).register_forward_hook(hook(name)) for name in modules]
-    try:
-        with use_mode(net, "mean"):
-            for batch in batches:
-                seen.clear()
-                _check_finite(_through(net, batch))
-    finally:
-        for h in hooks:
-            h.remove()
-    return {n: v[0].moments() for n, v in sums.items()}, {n: v[1].moments() for n, v in sums.items()}
-
-
-def _through(net: nn.Module, batch: Any) -> Any:
-    try:
-        return net(batch)
-    except Exception as error:  # the user's own forward
-        shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
-        told = f"{type(error).__name__}: {str(error)[:200]}"
-        raise MiracleError(f"the inputs{shape} do not go through {type(net).__name__}, called on each batch alone: {told}") from error
-
-
-def _check_finite(outputs: Any) -> None:
-    if isinstance(outputs, Tensor) and not bool(torch.isfinite(outputs).all()):
-        raise MiracleError("the network's outputs on the inputs are NaN or infinite: check the inputs and their normalisation")
-
-
-def _called(net: nn.Module, module: str, batch: Any, *, output: bool) -> Tensor:
-    """The first input, or the output, of a module when it is first called on a batch."""
-    found: list[Tensor] = []
-
-    def keep(_: nn.Module, args: Any, *result: Any) -> None:
-        found.append(result[0] if output else args[0])
-        raise _Reached
-
-    target, training = net.get_submodule(module), net.training
-    hook = target.register_forward_hook(keep) if output else target.register_forward_pre_hook(keep)
-    net.eval()
-    try:
-        with use_mode(net, "mean"):
-            net(batch)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
-        net.train(training)
-    return found[0]

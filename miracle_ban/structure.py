@@ -74,7 +74,7 @@ class Structure:
 def trace(model: nn.Module) -> Structure:
     """Find the links and foldable norms of `model`; of a model that cannot be traced, those of its parts that can."""
     with _left_alone(model):
-        return _trace(model, _names_of_shared_tensors(model))
+        return _trace(model, modules_that_share(model))
 
 
 @contextlib.contextmanager
@@ -186,7 +186,7 @@ def _is_matrix(node: object, modules: dict[str, nn.Module]) -> bool:
     return _is_matrix(node.args[0], modules)
 
 
-def _names_of_shared_tensors(model: nn.Module) -> set[str]:
+def modules_that_share(model: nn.Module) -> set[str]:
     """Modules that share a parameter with another module (tied weights): their units are not theirs alone."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -1,0 +1,180 @@
+"""What goes into the layers of a network and what comes out, measured on a few inputs.
+
+A layer's weights and inputs as the matrices of a regression, moments by channel. Leans on `layers` and torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import MiracleError
+from .layers import use_mode
+
+_LARGEST_PART = 4096  # inputs of a layer that are solved for together
+_ROWS, _ROWS_PER_INPUT = 16384, 8  # examples times positions that H is measured on: at least, and for each input
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+WITH_CHANNELS = (*_CHANNELS_LAST, *_CHANNELS_FIRST)
+
+
+class _Reached(Exception):  # noqa: N818, no error
+    """The module that was waited for has been called."""
+
+
+def groups(layer: nn.Module) -> int:
+    """Of a convolution; 1 of any other layer."""
+    return int(getattr(layer, "groups", 1))
+
+
+def _number_of_parts(layer: nn.Module) -> int:
+    """Groups, or as many parts as a very wide linear layer is solved for in."""
+    if not isinstance(layer, nn.Linear):
+        return groups(layer)
+    least = -(-layer.in_features // _LARGEST_PART)
+    return next(n for n in range(least, layer.in_features + 1) if layer.in_features % n == 0)
+
+
+def parts(layer: nn.Module, weights: Tensor) -> Tensor:
+    """A layer's weights as `[parts, rows, inputs]`, float32 as the inputs are."""
+    number, weights = _number_of_parts(layer), weights.float()
+    if isinstance(layer, nn.Linear):
+        return weights.reshape(len(weights), number, -1).transpose(0, 1)
+    return weights.reshape(number, len(weights) // number, -1)
+
+
+def joined(layer: nn.Module, parts: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `parts`."""
+    return (parts.transpose(0, 1) if isinstance(layer, nn.Linear) else parts).reshape(shape)
+
+
+def rows(layer: nn.Module, inputs: list[Tensor], batches: int, generator: torch.Generator) -> list[Tensor]:
+    """What a layer multiplies its weights with, at the same random places of each of `inputs`: `[parts, rows, inputs]`."""
+    views = [_patches(layer, x) for x in inputs]
+    size = views[0].shape[: views[0].dim() - _inner(layer)]
+    wide = views[0][(0,) * len(size)].numel()
+    number = math.prod(size)
+    most = -(-max(_ROWS, _ROWS_PER_INPUT * wide) // batches)
+    at = torch.randperm(number, generator=generator, device="cpu")[:most] if number > most else torch.arange(number, device="cpu")
+    places = tuple(i.to(inputs[0].device) for i in torch.unravel_index(at, size))
+    return [v[places].reshape(len(at), _number_of_parts(layer), -1).transpose(0, 1).float() for v in views]
+
+
+def _inner(layer: nn.Module) -> int:
+    """Axes of one patch."""
+    return 1 if isinstance(layer, nn.Linear) else 1 + len(layer.kernel_size)  # type: ignore[arg-type]
+
+
+def _patches(layer: Any, x: Tensor) -> Tensor:
+    """A view of `x` as `[..., inputs]` of a linear layer, `[n, *places, channels, *kernel]` of a convolution."""
+    if isinstance(layer, nn.Linear):
+        return x
+    nd = len(layer.kernel_size)
+    x = x[None] if x.dim() == nd + 1 else x
+    x = F.pad(x, layer._reversed_padding_repeated_twice, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    for axis, (size, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        x = x.unfold(2 + axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    return x.movedim(1, 1 + nd)
+
+
+def channels(module: nn.Module, x: Tensor) -> Tensor:
+    """Values of a module's inputs or outputs as `[channels, places]`."""
+    if isinstance(module, _CHANNELS_LAST):
+        return x.reshape(-1, x.shape[-1]).T.float()
+    single = isinstance(module, nn.modules.conv._ConvNd) and x.dim() == 1 + len(module.kernel_size)
+    return (x[None] if single else x).transpose(0, 1).flatten(1).float()
+
+
+class Sums:
+    """Sums over places that moments by channel come from."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Any = 0.0
+        self.square: Any = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """`[channels, places]`."""
+        self.count += values.shape[1]
+        self.total, self.square = self.total + values.sum(1), self.square + values.square().sum(1)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance."""
+        mean = self.total / self.count
+        return mean, (self.square / self.count - mean.square()).clamp_min(0.0)
+
+
+Moments = dict[str, tuple[Tensor, Tensor]]
+
+
+def moments(net: nn.Module, modules: set[str], batches: list[Any]) -> tuple[Moments, Moments]:
+    """Moments by channel of the inputs and outputs of those of the modules that are called, when they first are."""
+    sums: dict[str, tuple[Sums, Sums]] = {}
+    seen: set[str] = set()
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if name in seen:
+                return
+            seen.add(name)
+            for own, x in zip(sums.setdefault(name, (Sums(), Sums())), (args[0], output), strict=True):
+                own.add(channels(module, x))
+
+        return keep
+
+    hooks = [net.get_submodule(name).register_forward_hook(hook(name)) for name in modules]
+    try:
+        with use_mode(net, "mean"):
+            for batch in batches:
+                seen.clear()
+                _check_finite(through(net, batch))
+    finally:
+        for h in hooks:
+            h.remove()
+    return {n: v[0].moments() for n, v in sums.items()}, {n: v[1].moments() for n, v in sums.items()}
+
+
+def through(net: nn.Module, batch: Any) -> Any:
+    """Outputs on one batch.
+
+    Raises:
+        MiracleError: the network does not take it.
+    """
+    try:
+        return net(batch)
+    except Exception as error:  # the user's own forward
+        shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
+        told = f"{type(error).__name__}: {str(error)[:200]}"
+        raise MiracleError(f"the inputs{shape} do not go through {type(net).__name__}, called on each batch alone: {told}") from error
+
+
+def _check_finite(outputs: Any) -> None:
+    if isinstance(outputs, Tensor) and not bool(torch.isfinite(outputs).all()):
+        raise MiracleError("the network's outputs on the inputs are NaN or infinite: check the inputs and their normalisation")
+
+
+def called(net: nn.Module, module: str, batch: Any, *, output: bool) -> Tensor:
+    """The first input, or the output, of a module when it is first called on a batch."""
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, args: Any, *result: Any) -> None:
+        found.append(result[0] if output else args[0])
+        raise _Reached
+
+    target, training = net.get_submodule(module), net.training
+    hook = target.register_forward_hook(keep) if output else target.register_forward_pre_hook(keep)
+    net.eval()
+    try:
+        with use_mode(net, "mean"):
+            net(batch)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+        net.train(training)
+    return found[0]
