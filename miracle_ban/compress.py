@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,21 +114,18 @@ def compress(
             raise CodingError("context needs a training set: compress(net, loader, loss, context=inputs, budget=...)")
         if hardened:
             raise CodingError("hardening needs a training set: compress(net, loader, loss, hardened=True, budget=...)")
-        options = {"inputs": inputs, "where": where, "progress": progress, **(encode_options or {})}
-        if checkpoint is not None:
-            options["checkpoint"] = Path(f"{checkpoint}.encode")
-        return _compress_weights(net, budget=budget, coder=coder, seed=seed, **options)
+        return _Packaging(budget, coder, seed, inputs, where, progress, encode_options or {}).package(net, _stages(checkpoint)["encode"])
     if _packages_first(net, budget, coder, context, fit_options, package_first):
         if hardened is None:
             hardened = epochs >= _EPOCHS_TO_HARDEN and has_norms(net)
         seen = batches if inputs is None else inputs
-        options = {"inputs": seen, "where": where, "checkpoint": checkpoint, "progress": progress, **(encode_options or {})}
+        packaging = _Packaging(budget, coder, seed, seen, where, progress, encode_options or {})
         way = _harden_and_package if hardened else _package_and_tune
-        return way(net, batches, loss, budget=budget, epochs=epochs, coder=coder, seed=seed, **options)
+        return way(packaging, net, batches, loss, epochs, _stages(checkpoint))
     if hardened:
         raise CodingError("only a network that is packaged first can be hardened: see package_first")
     model = convert(net, where=where, per_unit=per_unit)
-    stage = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("fit", "encode")}
+    stage = _stages(checkpoint)
     common: dict[str, Any] = {"coder": coder, "seed": seed, "progress": progress}
     fit_options, encode_options = dict(fit_options or {}), dict(encode_options or {})
     fit_options.setdefault("names", encode_options.get("names"))
@@ -144,56 +142,54 @@ def compress(
     return archive
 
 
-def _compress_weights(
-    net: nn.Module,
-    *,
-    budget: str | int,
-    coder: str | coders.Coder,
-    seed: int,
-    inputs: Any,
-    where: Callable[[str, nn.Module], bool] | None,
-    progress: bool,
-    **options: Any,
-) -> Archive:
-    """`compress` without training data."""
-    with _full_precision(net):
-        model, coder, reconstruction = _planned(net, budget, coder, seed, inputs, where, options.get("names"), progress)
-        if isinstance(coder, coders.Trellis):
-            options["reconstruction"] = reconstruction
-        return encode(model, coder=coder, seed=seed, budget=budget, progress=progress, **options)
+def _stages(checkpoint: str | Path | None) -> dict[str, Path | None]:
+    """The file that each stage keeps its state in."""
+    return {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("fit", "harden", "encode", "packaged", "tune")}
 
 
-def _batches(net: nn.Module, inputs: Any, seed: int, progress: bool) -> list[Any]:
-    """What layers are measured on."""
-    with seeded(seed, torch.device("cpu")):  # a loader may shuffle
-        batches = made_for(net, seed=seed, progress=progress) if inputs is None else batches_of(inputs)
-    if not batches and type(net) is not nn.Module:
-        text = "no random input fits this network: give `inputs`, a batch, so that layers can be measured and corrected"
-        warnings.warn(text, MiracleWarning, stacklevel=5)
-    return batches
+@dataclass(frozen=True)
+class _Packaging:
+    """How a network is packaged without training; the fields are arguments of `compress`."""
 
+    budget: str | int
+    coder: str | coders.Coder
+    seed: int
+    inputs: Any
+    where: Callable[[str, nn.Module], bool] | None
+    progress: bool
+    options: dict[str, Any]  # of `encode`
 
-def _planned(
-    net: nn.Module,
-    budget: str | int,
-    coder: str | coders.Coder,
-    seed: int,
-    inputs: Any,
-    where: Callable[[str, nn.Module], bool] | None,
-    names: bool | None,
-    progress: bool,
-) -> tuple[nn.Module, coders.Coder, Reconstruction]:
-    """The converted network with posteriors for the budget, the coder and what the posteriors come from."""
-    batches = _batches(net, inputs, seed, progress)
-    model = convert(net, where=where, per_unit=True)
-    coder = coders.get(coder) if isinstance(coder, str) else coder
-    budget_bits = 8.0 * parse_bytes(budget)
-    coder = coder.settled(BLOCK_BITS, budget_bits)
-    with_names = carries_names(names, model, budget_bits)
-    goal = index_budget_bits(parse_bytes(budget), side_bits(skeleton(model, coder=coder, seed=seed, names=with_names)))
-    reconstruction = Reconstruction(model, batches)
-    reconstruction.plan(goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), seed=seed)
-    return model, coder, reconstruction
+    def package(self, net: nn.Module, checkpoint: Path | None) -> Archive:
+        """The archive of a network as it is."""
+        with _full_precision(net):
+            model, coder, reconstruction = self.plan(net)
+            options = {"checkpoint": checkpoint, "progress": self.progress, **self.options}
+            if isinstance(coder, coders.Trellis):
+                options["reconstruction"] = reconstruction
+            return encode(model, coder=coder, seed=self.seed, budget=self.budget, **options)
+
+    def batches(self, net: nn.Module) -> list[Any]:
+        """What layers are measured on."""
+        with seeded(self.seed, torch.device("cpu")):  # a loader may shuffle
+            found = made_for(net, seed=self.seed, progress=self.progress) if self.inputs is None else batches_of(self.inputs)
+        if not found and type(net) is not nn.Module:
+            text = "no random input fits this network: give `inputs`, a batch, so that layers can be measured and corrected"
+            warnings.warn(text, MiracleWarning, stacklevel=6)
+        return found
+
+    def plan(self, net: nn.Module) -> tuple[nn.Module, coders.Coder, Reconstruction]:
+        """The converted network with posteriors for the budget, the coder and what the posteriors come from."""
+        batches = self.batches(net)
+        model = convert(net, where=self.where, per_unit=True)
+        budget_bits = 8.0 * parse_bytes(self.budget)
+        coder = coders.get(self.coder) if isinstance(self.coder, str) else self.coder
+        coder = coder.settled(BLOCK_BITS, budget_bits)
+        names = carries_names(self.options.get("names"), model, budget_bits)
+        side = side_bits(skeleton(model, coder=coder, seed=self.seed, names=names))
+        goal = index_budget_bits(parse_bytes(self.budget), side)
+        reconstruction = Reconstruction(model, batches)
+        reconstruction.plan(goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), seed=self.seed)
+        return model, coder, reconstruction
 
 
 def _noise(plan: Reconstruction, net: nn.Module) -> dict[str, float]:
@@ -228,68 +224,44 @@ def _packages_first(
 
 
 def _harden_and_package(
-    net: nn.Module,
-    batches: Iterable,
-    loss: Loss,
-    *,
-    budget: str | int,
-    epochs: float,
-    coder: str | coders.Coder,
-    seed: int,
-    inputs: Any,
-    checkpoint: str | Path | None,
-    progress: bool,
-    **options: Any,
+    packaging: _Packaging, net: nn.Module, batches: Iterable, loss: Loss, epochs: float, stages: dict[str, Path | None]
 ) -> Archive:
     """`compress` by packaging what was trained for it."""
-    harden_file, encode_file = (None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("harden", "encode"))
-    where, names = options.pop("where"), options.get("names")
     with _full_precision(net):
-        seen = _batches(net, inputs, seed, progress)
-        most = 8.0 * parse_bytes(budget) / _BITS_WHEN_HARDENED
-        net, dropped = drop_layers(net, seen, most=most, where=where, progress=progress)
-        _, _, plan = _planned(net, budget, coder, seed, seen, where, names, progress)
-    net, course = harden(net, batches, loss, noise=_noise(plan, net), epochs=epochs, seed=seed, checkpoint=harden_file, progress=progress)
-    archive = _compress_weights(
-        net, budget=budget, coder=coder, seed=seed, inputs=seen, where=where, progress=progress, checkpoint=encode_file, **options
-    )
+        packaging = replace(packaging, inputs=packaging.batches(net))
+        most = 8.0 * parse_bytes(packaging.budget) / _BITS_WHEN_HARDENED
+        net, dropped = drop_layers(net, packaging.inputs, most=most, where=packaging.where, progress=packaging.progress)
+        _, _, plan = packaging.plan(net)
+    net, course = harden(
+        net, batches, loss, noise=_noise(plan, net), epochs=epochs, seed=packaging.seed, checkpoint=stages["harden"],
+        progress=packaging.progress,
+    )  # fmt: skip
+    archive = packaging.package(net, stages["encode"])
     archive.info["harden"] = {**course, "dropped": dropped}
-    if harden_file is not None:
-        checkpoints.remove(harden_file)
+    if stages["harden"] is not None:
+        checkpoints.remove(stages["harden"])
     return archive
 
 
 def _package_and_tune(
-    net: nn.Module,
-    batches: Iterable,
-    loss: Loss,
-    *,
-    budget: str | int,
-    epochs: float,
-    coder: str | coders.Coder,
-    seed: int,
-    inputs: Any,
-    checkpoint: str | Path | None,
-    progress: bool,
-    **options: Any,
+    packaging: _Packaging, net: nn.Module, batches: Iterable, loss: Loss, epochs: float, stages: dict[str, Path | None]
 ) -> Archive:
     """`compress` by packaging and training inside the file."""
-    coder = coders.Trellis(memory=_MEMORY_TO_TUNE) if isinstance(coder, str) else coder
-    kept = {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("encode", "packaged", "tune")}
-    file, settings = kept["packaged"], {"budget_bytes": parse_bytes(budget), "seed": seed, "names": options.get("names")}
+    if isinstance(packaging.coder, str):
+        packaging = replace(packaging, coder=coders.Trellis(memory=_MEMORY_TO_TUNE))
+    file, seed = stages["packaged"], packaging.seed
+    settings = {"budget_bytes": parse_bytes(packaging.budget), "seed": seed, "names": packaging.options.get("names")}
     saved = None if file is None else checkpoints.read(file, stage="packaged", expected=settings)
     if saved is not None:
         packaged = bind(parse(saved["archive"].numpy().tobytes()), net)
         packaged.info = saved["info"]
     else:
-        packaged = _compress_weights(net, budget=budget, coder=coder, seed=seed, inputs=inputs,
-                                     progress=progress, checkpoint=kept["encode"], **options)  # fmt: skip
+        packaged = packaging.package(net, stages["encode"])
         if file is not None:
             whole = torch.frombuffer(bytearray(packaged.to_bytes()), dtype=torch.uint8)
             checkpoints.write(file, {"stage": "packaged", "settings": settings, "archive": whole, "info": packaged.info})
-    info = packaged.info
-    archive = tune(packaged, net, batches, loss, epochs=epochs, seed=seed, checkpoint=kept["tune"], progress=progress)
-    archive.info = {**info, **archive.info}
-    for path in filter(None, kept.values()):
+    archive = tune(packaged, net, batches, loss, epochs=epochs, seed=seed, checkpoint=stages["tune"], progress=packaging.progress)
+    archive.info = {**packaged.info, **archive.info}
+    for path in filter(None, (stages[k] for k in ("encode", "packaged", "tune"))):
         checkpoints.remove(path)
     return archive
