@@ -46,7 +46,6 @@ _LEAST_CHANNEL = 0.01  # variance that an output channel is taken to have, relat
 _TYPICAL_INPUTS = 256.0  # of a layer, where no layer was seen
 _FIRST_STEPS, _STEPS = 30, 8  # of conjugate gradients: from the trained weights, from the solution before
 _SAMPLE = 1 << 16  # weights that the KL of a tensor is estimated on
-_CORRECTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
@@ -269,7 +268,7 @@ def _owners(model: nn.Module) -> dict[str, str]:
         held = module._modules.get("posterior")
         for own, p in dict(held.named_children()).items() if held is not None else ():
             channels = p.mean.dim() == 1 and isinstance(module, measure.WITH_CHANNELS)
-            fits = {"weight": isinstance(module, _CORRECTED), "bias": channels}.get(own, False)
+            fits = {"weight": isinstance(module, measure.SOLVED), "bias": channels}.get(own, False)
             found.setdefault(str(p.name), []).append(module_name if fits else "")
     return {name: modules[0] for name, modules in found.items() if len(modules) == 1 and modules[0]}
 

@@ -1,7 +1,7 @@
 """Layers that a network can do without: set to zero before it is hardened, they leave more bits to each weight of the others.
 
 Single layers of a residual network hardly matter to its outputs (Veit et al. 2016, arXiv 1605.06431), and what harm is done
-training makes good. Leans on `structure` and torch.
+training makes good. Leans on `inputs`, `structure`, `measure` and torch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import measure
+from .inputs import batches_of
 from .structure import modules_that_share
 
 _MOST_HARM = 0.5  # squared error of the outputs over their variance; a layer that all others lean on does more than 1
 _EXAMPLES = 256  # that outputs are compared on
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def drop_layers(
@@ -35,22 +36,25 @@ def drop_layers(
     Args:
         net: a trained network; left alone.
         batches: inputs, each something that the network takes; the first 256 examples are used.
-        most: weights of two or more dimensions that may be left; less are dropped if only harmful ones remain, all of
-            whose outputs would be off by more than half their variance.
+        most: weights of two or more dimensions that may be left; more are left if without any further layer the outputs would be off
+            by more than half their variance.
         where: of which modules weights may be dropped, as in `convert`.
         progress: show a progress bar on stderr.
 
     Returns:
         A copy, and the names of the modules whose weights are zero now: dropped ones, and those that only they listened to.
+
+    Raises:
+        MiracleError: the network does not take the inputs.
     """
     model = copy.deepcopy(net)
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
-    inputs = _first(batches, _EXAMPLES)
+    inputs = batches_of(batches, _EXAMPLES) if batches else []
     wanted = _outputs(model, inputs)
     left = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     shared = modules_that_share(model)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, _LAYERS) and n not in shared and m.weight.any()}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, measure.SOLVED) and n not in shared and m.weight.any()}
     layers = {n: m for n, m in layers.items() if where is None or where(n, m)}
     dropped: list[str] = []
     if wanted is not None:
@@ -76,21 +80,10 @@ def drop_layers(
     return model, dropped
 
 
-def _first(batches: list[Any], examples: int) -> list[Any]:
-    taken: list[Any] = []
-    count = 0
-    for batch in batches:
-        if count >= examples:
-            break
-        taken.append(batch)
-        count += len(batch) if hasattr(batch, "__len__") else 1
-    return taken
-
-
 @torch.no_grad()
 def _outputs(model: nn.Module, inputs: list[Any]) -> Tensor | None:
     """Of all examples; None if they cannot be compared."""
-    found = [model(x) for x in inputs]
+    found = [measure.through(model, x) for x in inputs]
     if not found or not all(isinstance(y, Tensor) and y.is_floating_point() and y.shape[1:] == found[0].shape[1:] for y in found):
         return None
     return torch.cat(found).float()

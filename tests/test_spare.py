@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miracle_ban import compress, decode
+from miracle_ban import MiracleError, compress, decode
 from miracle_ban.coders import Trellis
 from miracle_ban.harden import harden
 from miracle_ban.spare import drop_layers
@@ -77,6 +77,11 @@ def test_no_layer_is_dropped_that_all_lean_on(residual):
         assert (lighter(x) - wanted).square().mean() <= 0.5 * (wanted - wanted.mean(0)).square().mean()
     chain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     assert drop_layers(chain, inputs(), most=0, progress=False)[1] == []
+
+
+def test_inputs_that_do_not_fit_are_named(residual):
+    with pytest.raises(MiracleError, match=r"shape \(4, 7\)"):
+        drop_layers(residual, [torch.randn(4, 7)], most=0, progress=False)
 
 
 def test_enough_is_enough(residual):
