@@ -1,6 +1,6 @@
 """The whole of it in one call: a trained network becomes an archive, by what its user can give.
 
-Leans on `encode`, `tune`, `harden`, `train`, `spare` and `reconstruct`.
+Leans on `encode`, `tune`, `harden`, `train` and `reconstruct`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,16 @@ from .encode import encode
 from .errors import CodingError, MiracleWarning
 from .harden import harden, has_norms
 from .inputs import batches_of, made_for
+from .layers import posteriors
 from .load import bind
 from .plan import carries_names, check_seed, side_bits, skeleton
 from .reconstruct import Reconstruction
-from .spare import drop_layers
 from .train import BLOCK_BITS, Loss, fit, index_budget_bits, seeded
 from .tune import tune
 
 _BITS_TO_PACKAGE_FIRST = 0.5  # a weight; by hand, between a ResNet-20 in 40,000 bytes (1.2) and LeNet-5 in 1,140 (0.02)
 _MEMORY_TO_TUNE = 12  # the path is searched some hundred times
 _EPOCHS_TO_HARDEN = 20.0
-_BITS_WHEN_HARDENED = 1.15  # a weight, by hand; layers are dropped until there are so many
-_LEAST_RATE = 0.3  # bits a weight that hardening reckons with; below, hardly anything is left of a tensor
 
 
 @torch.enable_grad()
@@ -84,7 +82,6 @@ def compress(
             half a bit or more for each weight, the coder is the trellis and neither `context` nor `fit_options` are given.
         hardened: of a network that is packaged first: train it before, under the noise that its code is going to bring (`harden`),
             and not inside its file. It is trained anew at a large rate; default if it has BatchNorms and there are twenty epochs or more.
-            Layers that it hardly misses are dropped first where there is little more than a bit for each weight (`spare`).
         checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit", ".harden", ".encode",
             ".packaged" and ".tune".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
@@ -159,10 +156,10 @@ class _Packaging:
     progress: bool
     options: dict[str, Any]  # of `encode`
 
-    def package(self, net: nn.Module, checkpoint: Path | None) -> Archive:
-        """The archive of a network as it is."""
+    def package(self, net: nn.Module, checkpoint: Path | None, noise: Mapping[str, torch.Tensor] | None = None) -> Archive:
+        """The archive of a network as it is; `noise` that it was hardened with."""
         with _full_precision(net):
-            model, coder, reconstruction = self.plan(net)
+            model, coder, reconstruction = self.plan(net, noise)
             options = {"checkpoint": checkpoint, "progress": self.progress, **self.options}
             if isinstance(coder, coders.Trellis):
                 options["reconstruction"] = reconstruction
@@ -177,7 +174,9 @@ class _Packaging:
             warnings.warn(text, MiracleWarning, stacklevel=6)
         return found
 
-    def plan(self, net: nn.Module) -> tuple[nn.Module, coders.Coder, Reconstruction]:
+    def plan(
+        self, net: nn.Module, noise: Mapping[str, torch.Tensor] | None = None, *, rehearsed: bool = True
+    ) -> tuple[nn.Module, coders.Coder, Reconstruction]:
         """The converted network with posteriors for the budget, the coder and what the posteriors come from."""
         batches = self.batches(net)
         model = convert(net, where=self.where, per_unit=True)
@@ -187,16 +186,9 @@ class _Packaging:
         names = carries_names(self.options.get("names"), model, budget_bits)
         side = side_bits(skeleton(model, coder=coder, seed=self.seed, names=names))
         goal = index_budget_bits(parse_bytes(self.budget), side)
-        reconstruction = Reconstruction(model, batches)
-        reconstruction.plan(goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), seed=self.seed)
+        reconstruction = Reconstruction(model, batches, noise)
+        reconstruction.plan(goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), seed=self.seed, rehearsed=rehearsed)
         return model, coder, reconstruction
-
-
-def _noise(plan: Reconstruction, net: nn.Module) -> dict[str, float]:
-    """Variance of the noise over that of the weights, for each matrix or kernel of `net`: v / (1 - v), v = 2^-2R, of the prior's."""
-    count = {name: p.numel() for name, p in net.named_parameters() if p.dim() > 1}
-    rate = {name: bits / count[name] for name, bits in plan.kl_bits.items() if name in count}
-    return {name: 1.0 / (2.0 ** (2.0 * max(r, _LEAST_RATE)) - 1.0) for name, r in rate.items()}
 
 
 @contextlib.contextmanager
@@ -227,17 +219,15 @@ def _harden_and_package(
     packaging: _Packaging, net: nn.Module, batches: Iterable, loss: Loss, epochs: float, stages: dict[str, Path | None]
 ) -> Archive:
     """`compress` by packaging what was trained for it."""
+    packaging = replace(packaging, inputs=packaging.batches(net))
     with _full_precision(net):
-        packaging = replace(packaging, inputs=packaging.batches(net))
-        most = 8.0 * parse_bytes(packaging.budget) / _BITS_WHEN_HARDENED
-        net, dropped = drop_layers(net, packaging.inputs, most=most, where=packaging.where, progress=packaging.progress)
-        _, _, plan = packaging.plan(net)
+        model, _, plan = packaging.plan(net, rehearsed=False)
+    bits = {name: v for name, v in plan.kl_bits.items() if posteriors(model)[name].mean.dim() > 1}
     net, course = harden(
-        net, batches, loss, noise=_noise(plan, net), epochs=epochs, seed=packaging.seed, checkpoint=stages["harden"],
-        progress=packaging.progress,
-    )  # fmt: skip
-    archive = packaging.package(net, stages["encode"])
-    archive.info["harden"] = {**course, "dropped": dropped}
+        net, batches, loss, bits=sum(bits.values()), names=bits, epochs=epochs, seed=packaging.seed, checkpoint=stages["harden"], progress=packaging.progress
+    )
+    archive = packaging.package(net, stages["encode"], course.pop("noise"))
+    archive.info["harden"] = course
     if stages["harden"] is not None:
         checkpoints.remove(stages["harden"])
     return archive

@@ -88,6 +88,16 @@ def mean_gradients(optimizer: torch.optim.Optimizer, numbers: Sequence[float] = 
     return means.tolist()
 
 
+def mean(values: Tensor) -> Tensor:
+    """The mean of a tensor over the ranks."""
+    if world_size() == 1:
+        return values
+    total = values.clone()
+    with _talking():
+        dist.all_reduce(total)
+    return total / world_size()
+
+
 def gather(value: Any) -> list[Any]:
     """`value` of every rank, in their order, on every rank."""
     if world_size() == 1:

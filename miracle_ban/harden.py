@@ -1,9 +1,9 @@
 """Training under the noise that coding is going to bring, before a network is packaged.
 
-Each step draws every weight from N(w, noise * mean square of its unit's weights): a posterior of fixed relative width, which is what
-a code of R bits a weight leaves, 2^-2R of the variance (the distortion-rate function of a Gaussian). Networks so trained lie
-where noise does less harm (Baskin et al. 2018, NICE, arXiv 1810.00162; Fan et al. 2020, arXiv 2004.07320). BatchNorms stay what
-they are and see the noise. Leans on `course`, `feed`, `train` and torch.
+Each step draws every weight from N(w, noise * mean square of its unit's weights), a posterior as wide as a code of some bits leaves it.
+Networks so trained lie where noise does less harm (Baskin et al. 2018, NICE, arXiv 1810.00162; Fan et al. 2020, arXiv 2004.07320),
+and training shows where bits are worth most: the units' shares of them are learned (`noise`). BatchNorms stay what they are and see
+the noise. Leans on `noise`, `course`, `feed`, `train`, `graphs` and torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,16 @@ from . import distributed
 from .course import Row, check_loss, run, warm_cosine
 from .errors import MiracleError
 from .feed import Feed
+from .graphs import Recorded
+from .noise import Noise
 from .train import LOG_EVERY, Loss, seeded
 
 Optimizing = Callable[[nn.Module], torch.optim.Optimizer]
 _RATE, _MOMENTUM, _DECAY = 0.1, 0.9, 5e-4  # of SGD, where there are BatchNorms
 _RATE_ELSEWHERE = 3e-4  # of AdamW
+_FIRST_BITS, _DESCENT = 2.5, 0.4  # a weight, at first; part of the steps after which there are no more than are wanted
+_PACE, _LEAST_PACE = 0.01, 0.1  # of sharing bits out: at most in a step, and the part of it that never goes
+_SETTLING = 100  # steps before bits are shared out: what one is worth must be known
 _STATISTICS = 64  # batches that the statistics of norms are measured on at the end
 
 
@@ -41,7 +46,8 @@ def harden(
     batches: Iterable,
     loss: Loss,
     *,
-    noise: Mapping[str, float] | float,
+    bits: float,
+    names: Collection[str] | None = None,
     epochs: float = 30.0,
     optimizer: Optimizing | None = None,
     seed: int = 0,
@@ -52,10 +58,11 @@ def harden(
     """Train a network under noise on its weights, so that coding does less harm to it.
 
     Args:
-        net: a trained network; left alone. Units of which all weights are zero stay so.
+        net: a trained network; left alone.
         batches, loss: as in `fit`.
-        noise: variance of the noise over the mean square of the weights of the same unit (row of the first dimension; a vector is one),
-            for each parameter that gets any; one number for all parameters of two or more dimensions.
+        bits: that all parameters that get noise are going to be coded with together. Noise begins as for 2.5 bits a weight, if
+            that is more, and reaches what `bits` leave after two fifths of the steps.
+        names: the parameters that get noise; default all of two or more dimensions.
         epochs: passes over `batches`.
         optimizer: makes the optimizer of the network that it is given; default SGD with momentum where there are BatchNorms, AdamW
             elsewhere. Its learning rates are the largest: they rise at first and fall to zero as a cosine.
@@ -65,28 +72,38 @@ def harden(
         progress: show a progress bar on stderr.
 
     Returns:
-        A trained copy, in the mode of `net`, and what happened: steps, seconds and `history`, rows of step and loss.
+        A trained copy, in the mode of `net`, and what happened: steps, seconds, `noise`, the variances `[units, inputs]` of each
+        parameter at the end, and `history`, rows of step and loss.
 
     Raises:
-        MiracleError: `noise` names what is no parameter or is negative, nothing is to be trained, or the loss is NaN or infinite.
+        MiracleError: `names` has what is no parameter, nothing is to be trained, or the loss is NaN or infinite.
 
     Example:
-        >>> hardened, course = harden(net, loader, F.cross_entropy, noise=0.2, epochs=60)  # doctest: +SKIP
+        >>> hardened, course = harden(net, loader, F.cross_entropy, bits=8 * 35_000, epochs=60)  # doctest: +SKIP
     """
     started = time.monotonic()
     if not (math.isfinite(epochs) and epochs > 0):
         raise MiracleError(f"epochs must be positive, not {epochs}")
+    if not (math.isfinite(bits) and bits > 0):
+        raise MiracleError(f"bits must be positive, not {bits}")
     model = copy.deepcopy(net).float().train()
-    stds = _stds(model, noise)
     if not any(p.requires_grad for p in model.parameters()):
         raise MiracleError(f"no parameter of {type(net).__name__} wants a gradient: net.requires_grad_() before hardening")
+    own = dict(model.named_parameters())
+    names = [name for name, p in own.items() if p.dim() > 1] if names is None else list(names)
+    unknown = [name for name in names if name not in own]
+    if unknown:
+        raise MiracleError(f"noise is wanted for {unknown[0]!r}, which is no parameter of {type(net).__name__}")
+    weights = {name: own[name] for name in names}
+    first = max(bits, _FIRST_BITS * sum(p.numel() for p in weights.values()))
+    noise = Noise(weights, first)
     device = next(model.parameters()).device
     with seeded(seed, device):
         feed = Feed(batches, device, sharded=sharded, seed=seed)
     steps = max(1, round(epochs * feed.batches_per_pass))
-    settings = {"steps": steps, "seed": seed, "noise": {name: round(std, 3) for name, std in stds.items()}}
+    settings = {"steps": steps, "seed": seed, "bits": round(bits)}
     saved = checkpoints.read(Path(checkpoint), stage="harden", expected=settings) if checkpoint is not None else None
-    course = _Hardening(model, feed, loss, (optimizer or _descent)(model), stds, steps)
+    course = _Hardening(model, feed, loss, (optimizer or _descent)(model), noise, (first, bits), steps)
     distributed.synchronise([*model.parameters(), *model.buffers()])
     with seeded(distributed.own_seed(seed), device):
         history, started = run(
@@ -94,91 +111,81 @@ def harden(
             progress=progress,
         )  # fmt: skip
     distributed.synchronise(model.buffers())
-    distributed.check_equal(model.parameters(), "parameters")
-    return model.train(net.training), {"steps": steps, "seconds": time.monotonic() - started, "history": history}
+    distributed.check_equal([*model.parameters(), *noise.factors], "parameters")
+    info = {"steps": steps, "seconds": time.monotonic() - started, "noise": noise.variances(), "history": history}
+    return model.train(net.training), info
 
 
 class _Hardening:
     """The course of `harden`."""
 
-    def __init__(self, model: nn.Module, feed: Feed, loss: Loss, optimizer: torch.optim.Optimizer, stds: Mapping[str, float], steps: int):
-        self.model, self.feed, self.loss, self.optimizer, self.stds, self.steps = model, feed, loss, optimizer, stds, steps
+    def __init__(
+        self, model: nn.Module, feed: Feed, loss: Loss, optimizer: torch.optim.Optimizer, noise: Noise, bits: tuple[float, float], steps: int
+    ):
+        self.model, self.feed, self.loss, self.optimizer, self.noise, self.steps = model, feed, loss, optimizer, noise, steps
+        self.first, self.bits = bits
         self.largest = [group["lr"] for group in optimizer.param_groups]
-        self.alive = {p: alive for p in model.parameters() if p.dim() > 1 and not (alive := p.detach().flatten(1).any(1)).all()}
+        recordable = feed.device.type == "cuda" and distributed.world_size() == 1
+        self.gradients = Recorded(self._gradients) if recordable else self._gradients
         self.step = 0
-        self.losses: list[float] = []  # since the last row
+        self.losses: list[Tensor] = []  # since the last row
 
     def advance(self) -> Row | None:
+        part = self.step / self.steps
         for group, rate in zip(self.optimizer.param_groups, self.largest, strict=True):
-            group["lr"] = rate * warm_cosine(self.step / self.steps)
-        inputs, targets = self.feed.next()
-        value = self.loss(functional_call(self.model, _noisy(self.model, self.stds), (inputs,)), targets)
-        check_loss(value)
-        self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        for p, alive in self.alive.items():
-            if p.grad is not None:
-                p.grad[~alive] = 0.0
-        (measured,) = distributed.mean_gradients(self.optimizer, [float(value.detach())])
-        if not math.isfinite(measured):
-            raise MiracleError(f"the loss became {measured} in hardening, step {self.step}: check the data, or lower the learning rate")
+            group["lr"] = rate * warm_cosine(part)
+        pace = _PACE * (_LEAST_PACE + (1.0 - _LEAST_PACE) * warm_cosine(part)) if self.step >= _SETTLING else 0.0
+        bits = self.bits * (self.first / self.bits) ** max(0.0, 1.0 - part / _DESCENT)
+        self.losses.append(self.gradients(*self.feed.next(), *torch.tensor([pace, bits], device=self.feed.device)))
+        distributed.mean_gradients(self.optimizer)
         self.optimizer.step()
         torch.clear_autocast_cache()  # else a caller's autocast would go on with the weights as they were
         self.step += 1
-        self.losses.append(measured)
         if self.step == self.steps:
             _measure_norms(self.model, self.feed)
         elif self.step % LOG_EVERY:
             return None
-        row = {"step": self.step, "loss": statistics.fmean(self.losses)}
+        row = {"step": self.step, "loss": self._mean_loss()}
         self.losses.clear()
         return row
+
+    def _gradients(self, inputs: Any, targets: Any, pace: Tensor, bits: Tensor) -> Tensor:
+        """Of the loss under noise, by all parameters; and bits are shared out."""
+        value = self.loss(functional_call(self.model, self.noise.draw(), (inputs,)), targets)
+        check_loss(value)
+        self.optimizer.zero_grad(set_to_none=not isinstance(self.gradients, Recorded))  # recorded work goes on with the same tensors
+        value.backward()
+        self.noise.share(pace, bits)
+        return value.detach()
+
+    def _mean_loss(self) -> float:
+        """Since the last row, of all processes."""
+        mean = float(distributed.mean(torch.stack(self.losses).mean()))
+        if not math.isfinite(mean):
+            raise MiracleError(
+                f"the loss became {mean} in hardening, by step {self.step}: check the data, or lower the learning rate"
+            )
+        return mean
 
     def words(self, row: Row) -> str:
         return f"loss {row['loss']:.4f}"
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.losses:
+            self._mean_loss()  # nothing is kept that is broken
+        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "noise": self.noise.state()}
+        return {"step": self.step, "losses": list(self.losses), **states}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+        self.step, self.losses = state["step"], list(state["losses"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.noise.restore(state["noise"])
 
 
 def has_norms(net: nn.Module) -> bool:
     """Whether there are BatchNorms, which leave the weights before them without a scale of their own."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
-
-
-def _stds(model: nn.Module, noise: Mapping[str, float] | float) -> dict[str, float]:
-    """Std of the noise of each parameter, relative to its units' root mean square."""
-    own = dict(model.named_parameters())
-    if not isinstance(noise, Mapping):
-        noise = {name: noise for name, p in own.items() if p.dim() > 1}
-    unknown = [name for name in noise if name not in own]
-    if unknown:
-        raise MiracleError(f"noise is given for {unknown[0]!r}, which is no parameter of {type(model).__name__}")
-    for name, variance in noise.items():
-        if not (math.isfinite(variance) and variance >= 0):
-            raise MiracleError(f"noise of {name} must be zero or positive, not {variance}")
-    return {name: math.sqrt(variance) for name, variance in noise.items() if variance > 0}
-
-
-def _noisy(model: nn.Module, stds: Mapping[str, float]) -> dict[str, Tensor]:
-    drawn = {}
-    for name, std in stds.items():
-        weight = model.get_parameter(name)
-        size = weight.detach().square().mean(tuple(range(1, weight.dim())) or (0,), keepdim=True).sqrt()
-        drawn[name] = weight + std * size * _normals_like(weight)
-    return drawn
-
-
-def _normals_like(weight: Tensor) -> Tensor:
-    """`randn_like`; that is six times slower where channels come last."""
-    axes = sorted(range(weight.dim()), key=lambda axis: weight.stride(axis), reverse=True)
-    drawn = torch.randn([weight.shape[axis] for axis in axes], dtype=weight.dtype, device=weight.device)
-    return drawn.permute([axes.index(axis) for axis in range(weight.dim())])
 
 
 def _descent(model: nn.Module) -> torch.optim.Optimizer:

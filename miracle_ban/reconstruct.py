@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ _SCALED_BELOW = 0.9
 _LARGEST_GAIN = 2.0  # of a unit whose outputs are too small, or too large
 _LARGEST_PART_OF_KL = 1.5  # that a tensor may have in the rehearsal
 _DAMPING, _FLOOR = 0.1, 0.01  # of H, relative to its diagonal (so that the unit of an input hardly matters) and to the mean of that
+_LEAST_NOISE = 1e-4  # of a unit, relative to the mean of its layer's
 _LEAST_CHANNEL = 0.01  # variance that an output channel is taken to have, relative to the mean of its layer's
 _TYPICAL_INPUTS = 256.0  # of a layer, where no layer was seen
 _FIRST_STEPS, _STEPS = 30, 8  # of conjugate gradients: from the trained weights, from the solution before
@@ -64,10 +66,12 @@ class Reconstruction:
     Args:
         model: from `convert`, not trained since: its means are the float network's weights.
         batches: inputs, each something that the model takes; may be empty, then nothing is measured.
+        noise: variance of the noise that weights may get, over the mean square of their unit's, `[units, inputs]` of each parameter that
+            it is known of, from `harden`; then only its scale is left to be found, and how the inputs of a layer share it.
     """
 
-    def __init__(self, model: nn.Module, batches: list[Any]):
-        self.model, self.batches = model, batches
+    def __init__(self, model: nn.Module, batches: list[Any], noise: Mapping[str, Tensor] | None = None):
+        self.model, self.batches, self.noise = model, batches, noise or {}
         self.float = copy.deepcopy(model).eval() if batches else model  # without inputs nothing is held against it
         self.trained = {name: p.mean.detach() if batches else p.mean.detach().clone() for name, p in posteriors(self.float).items()}
         self.lam = 1.0
@@ -110,13 +114,16 @@ class Reconstruction:
         self.lam = low
 
     @torch.no_grad()
-    def plan(self, kl_bits: float, *, seed: int = 0) -> None:
+    def plan(self, kl_bits: float, *, seed: int = 0, rehearsed: bool = True) -> None:
         """`allocate`, then find what KL each tensor has when its turn comes: a rehearsal with plain draws instead of a code.
 
         The less a layer's inputs are worth by then, the less its weights are: later layers take fewer bits than before coding.
         """
-        self.scaled = kl_bits < _SCALED_BELOW * sum(int(w.count_nonzero()) for w in self.trained.values())
+        self.scaled = bool(self.noise) or kl_bits < _SCALED_BELOW * sum(int(w.count_nonzero()) for w in self.trained.values())
         self.allocate(kl_bits)
+        if self.noise or not rehearsed:
+            self.kl_bits = {name: float(p.kl()) / NATS_PER_BIT for name, p in posteriors(self.model).items()}
+            return
         before = {name: float(p.kl()) for name, p in posteriors(self.model).items()}
         real, self.model = self.model, copy.deepcopy(self.model)
         generator = torch.Generator().manual_seed(seed)
@@ -159,6 +166,7 @@ class Reconstruction:
         count = sum(n for n, _ in logs)
         typical = math.exp(sum(n * v for n, v in logs) / count) if count else _TYPICAL_INPUTS
         found = {}
+        self._output_from_noise(inputs)
         for name, p in held.items():
             matrix, module = p.mean.dim() > 1, self.owner.get(name)
             if module is None:
@@ -167,14 +175,38 @@ class Reconstruction:
             elif not matrix:
                 found[name] = self.output[module].reciprocal().to(p.mean)
             else:
-                variance = inputs[module][1].reshape(measure.groups(self.float.get_submodule(module)), -1)
-                variance = variance + _DAMPING * variance.mean(1, keepdim=True) + _LEAST
-                variance = variance.repeat_interleave(p.mean.shape[0] // len(variance), 0)
+                variance = self._input_variance(name, inputs[module][1])
                 precision = variance / self.output[module][:, None]
                 found[name] = precision.reshape(*variance.shape, *[1] * (p.mean.dim() - 2))
             if matrix:
                 found[name] = found[name] * self.trained[name].flatten(1).any(1).reshape(-1, *[1] * (p.mean.dim() - 1))  # none to zeros
         return found
+
+    def _input_variance(self, name: str, by_channel: Tensor) -> Tensor:
+        """Damped variance of what each weight of a layer is multiplied with, the same for all places of a kernel: `[rows, channels]`."""
+        variance = by_channel.reshape(measure.groups(self.float.get_submodule(self.owner[name])), -1)
+        variance = variance + _DAMPING * variance.mean(1, keepdim=True) + _LEAST
+        return variance.repeat_interleave(len(self.trained[name]) // len(variance), 0)
+
+    def _output_from_noise(self, inputs: measure.Moments) -> None:
+        """Put what noise in one weight, as large as training had it, does to the outputs in place of what they vary.
+
+        Where training had none, as much less than the variance as on average elsewhere.
+        """
+        norm = dict(conversion(self.model).folded)
+        less = {}
+        for name, variance in self.noise.items():
+            module, weights = self.owner.get(name), self.trained.get(name)
+            if module is not None and weights is not None and weights.dim() > 1 and weights.any():
+                own = variance.to(weights) * weights.flatten(1).square().mean(1, keepdim=True)
+                noise = (own * self._input_variance(name, inputs[module][1]) + _LEAST).log().mean(1).exp()
+                less[module] = float((noise.sum() / self.output[module].sum()).log())
+                self.output[module] = noise.clamp_min(float(noise.mean()) * _LEAST_NOISE)
+                if module in norm:
+                    less[norm[module]], self.output[norm[module]] = less[module], self.output[module]
+        if less:
+            typical = math.exp(statistics.fmean(less.values()))
+            self.output = {module: output if module in less else typical * output for module, output in self.output.items()}
 
     @torch.no_grad()
     def begin(self, name: str, kl_bits: float | None) -> None:

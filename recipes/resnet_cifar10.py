@@ -102,7 +102,8 @@ def float_network(depth: int, root: Path) -> ResNet:
 
 def normalised(images: Tensor) -> Tensor:
     """uint8 `[n, h, w, 3]` to what the networks take, float32 `[n, 3, h, w]` in channels-last order."""
-    return ((images.float() / 255 - torch.tensor(INPUT_MEAN)) / torch.tensor(INPUT_STD)).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(v, device=images.device) for v in (INPUT_MEAN, INPUT_STD))
+    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 class Augmented:
@@ -116,10 +117,11 @@ class Augmented:
         return self.num_examples // BATCH
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        side = torch.arange(32)
-        for rows in torch.randperm(self.num_examples)[: len(self) * BATCH].split(BATCH):
-            y, x = torch.randint(2 * PAD + 1, (2, len(rows), 1)) + side
-            x = torch.where(torch.rand(len(rows), 1) < 0.5, x.flip(1), x)
+        device = self.images.device
+        side = torch.arange(32, device=device)
+        for rows in torch.randperm(self.num_examples, device=device)[: len(self) * BATCH].split(BATCH):
+            y, x = torch.randint(2 * PAD + 1, (2, len(rows), 1), device=device) + side
+            x = torch.where(torch.rand(len(rows), 1, device=device) < 0.5, x.flip(1), x)
             yield normalised(self.images[rows[:, None, None], y[:, :, None], x[:, None, :]]), self.labels[rows]
 
 
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=40, help="of training, level data")
     parser.add_argument("--float32", dest="bfloat16", action="store_false", help="train in float32; default bfloat16 where it is enough")
+    parser.add_argument("--device", default="cpu", help="of training and packaging, such as cuda")
     parser.add_argument("--data", help="folder that holds cifar10/ and cifar10-resnets/; default $MIRACLE_BAN_DATA, else ./data")
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder of the file and the checkpoints")
     parser.add_argument("--smoke", action="store_true", help="a coarse code and few images, for the tests")
@@ -164,7 +167,8 @@ def main() -> None:
     if args.check:
         print(json.dumps(measured(args.check, args.depth, root, "test")))
         return
-    net, data = float_network(args.depth, root), cifar10(root)
+    net = float_network(args.depth, root).to(args.device)
+    data = {part: tuple(t.to(args.device) for t in pair) for part, pair in cifar10(root).items()}
     args.work.mkdir(parents=True, exist_ok=True)
     stem = args.work / f"resnet{args.depth}-{args.level}-{parse_bytes(args.budget)}-s{args.seed}"
     output = stem.with_suffix(".mban")
@@ -175,7 +179,7 @@ def main() -> None:
     if args.level == "data":
         batches = Augmented(*(v[: 2 * BATCH] if args.smoke else v for v in data["train"]))
         options |= {"epochs": args.epochs, "hardened": True, "checkpoint": stem, "inputs": inputs}
-        with torch.autocast("cpu", torch.bfloat16) if args.bfloat16 else contextlib.nullcontext():
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.bfloat16 else contextlib.nullcontext():
             archive = miracle_ban.compress(net, batches, F.cross_entropy, **options)
     else:
         archive = miracle_ban.compress(net, inputs=inputs, **options)
