@@ -33,6 +33,7 @@ from .train import BLOCK_BITS, Loss, fit, index_budget_bits, seeded
 from .tune import tune
 
 _BITS_TO_PACKAGE_FIRST = 0.5  # a weight; by hand, between a ResNet-20 in 40,000 bytes (1.2) and LeNet-5 in 1,140 (0.02)
+_BITS_TO_HARDEN = 0.02  # a weight; a VGG-16 in 70,000 bytes has 0.04
 _MEMORY_TO_TUNE = 12  # the path is searched some hundred times
 _EPOCHS_TO_HARDEN = 20.0
 
@@ -112,12 +113,13 @@ def compress(
         if hardened:
             raise CodingError("hardening needs a training set: compress(net, loader, loss, hardened=True, budget=...)")
         return _Packaging(budget, coder, seed, inputs, where, progress, encode_options or {}).package(net, _stages(checkpoint)["encode"])
-    if _packages_first(net, budget, coder, context, fit_options, package_first):
-        if hardened is None:
-            hardened = epochs >= _EPOCHS_TO_HARDEN and has_norms(net)
+    if package_first is None and hardened:
+        package_first = True
+    hardens = epochs >= _EPOCHS_TO_HARDEN and has_norms(net) if hardened is None else hardened
+    if _packages_first(net, budget, coder, context, fit_options, package_first, hardens):
         seen = batches if inputs is None else inputs
         packaging = _Packaging(budget, coder, seed, seen, where, progress, encode_options or {})
-        way = _harden_and_package if hardened else _package_and_tune
+        way = _harden_and_package if hardens else _package_and_tune
         return way(packaging, net, batches, loss, epochs, _stages(checkpoint))
     if hardened:
         raise CodingError("only a network that is packaged first can be hardened: see package_first")
@@ -202,7 +204,13 @@ def _full_precision(net: nn.Module) -> Iterator[None]:
 
 
 def _packages_first(
-    net: nn.Module, budget: str | int, coder: str | coders.Coder, context: Any, fit_options: dict[str, Any] | None, wanted: bool | None
+    net: nn.Module,
+    budget: str | int,
+    coder: str | coders.Coder,
+    context: Any,
+    fit_options: dict[str, Any] | None,
+    wanted: bool | None,
+    hardens: bool,
 ) -> bool:
     """`package_first`, or whether the budget has enough bits for each weight and nothing is asked for that only `fit` can do."""
     name = coder if isinstance(coder, str) else coder.name
@@ -211,7 +219,8 @@ def _packages_first(
         raise CodingError(f"package_first needs the trellis coder, not {name!r}")
     if wanted and any(others.values()):
         raise CodingError(f"package_first does not go with {' and '.join(k for k, given in others.items() if given)}")
-    enough = 8.0 * parse_bytes(budget) >= _BITS_TO_PACKAGE_FIRST * sum(p.numel() for p in net.parameters())
+    least = _BITS_TO_HARDEN if hardens else _BITS_TO_PACKAGE_FIRST
+    enough = 8.0 * parse_bytes(budget) >= least * sum(p.numel() for p in net.parameters())
     return enough and name == "trellis" and not any(others.values()) if wanted is None else wanted
 
 

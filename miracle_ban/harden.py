@@ -101,7 +101,7 @@ def harden(
     with seeded(seed, device):
         feed = Feed(batches, device, sharded=sharded, seed=seed)
     steps = max(1, round(epochs * feed.batches_per_pass))
-    settings = {"steps": steps, "seed": seed, "bits": round(bits)}
+    settings = {"steps": steps, "seed": seed, "bits": float(f"{bits:.3g}")}
     saved = checkpoints.read(Path(checkpoint), stage="harden", expected=settings) if checkpoint is not None else None
     course = _Hardening(model, feed, loss, (optimizer or _descent)(model), noise, (first, bits), steps)
     distributed.synchronise([*model.parameters(), *model.buffers()])

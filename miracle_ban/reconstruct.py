@@ -40,13 +40,14 @@ _LEAST = 1e-12
 _ROUNDING = 1e-6  # variance over mean square
 # bits a weight; by hand: at 0.75 scaling took a ResNet-56 from 86.6 to 91.9 %, at 1.2 a ResNet-20's score error rose by a fifth
 _SCALED_BELOW = 0.9
-_LARGEST_GAIN = 2.0  # of a unit whose outputs are too small, or too large
+_LARGEST_GAIN = 64.0  # of a unit whose outputs are too small, or too large
 _LARGEST_PART_OF_KL = 1.5  # that a tensor may have in the rehearsal
 _DAMPING, _FLOOR = 0.1, 0.01  # of H, relative to its diagonal (so that the unit of an input hardly matters) and to the mean of that
 _LEAST_NOISE = 1e-4  # of a unit, relative to the mean of its layer's
 _LEAST_CHANNEL = 0.01  # variance that an output channel is taken to have, relative to the mean of its layer's
 _TYPICAL_INPUTS = 256.0  # of a layer, where no layer was seen
 _FIRST_STEPS, _STEPS = 30, 8  # of conjugate gradients: from the trained weights, from the solution before
+_FIXED_POINT_STEPS = 30
 _SAMPLE = 1 << 16  # weights that the KL of a tensor is estimated on
 
 
@@ -80,6 +81,7 @@ class Reconstruction:
         self.owner = _owners(model)
         self.output: dict[str, Tensor] = {}  # of each module that owns something: what noise is held against, by channel
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # mean and variance of its outputs in the float network, by channel
+        self.prior: dict[str, Tensor] = {}  # variance by unit, where the noise was known before
         self._regressions: dict[str, _Regression] = {}
         with torch.no_grad():
             self._precision = self._measure()
@@ -93,14 +95,14 @@ class Reconstruction:
 
         corrected = {name: name in self.owner and p.mean.dim() > 1 for name, p in held.items()}
         sampled = {
-            name: _Sampled(p, self.trained[name], self._precision[name], corrected=corrected[name])
+            name: _Sampled(p, self.trained[name], self._precision[name], self.prior.get(name), corrected=corrected[name])
             for name, p in held.items() if p.mean.numel() > _SAMPLE
         }  # fmt: skip
         small = [name for name in held if name not in sampled]
 
         def put(lam: float, names: Iterable[str]) -> None:
             for name in names:
-                _set(held[name], self.trained[name], lam * self._precision[name], corrected=corrected[name])
+                _set(held[name], self.trained[name], lam * self._precision[name], self.prior.get(name), corrected=corrected[name])
 
         def spent(lam: float) -> float:
             put(lam, small)
@@ -177,6 +179,8 @@ class Reconstruction:
             else:
                 variance = self._input_variance(name, inputs[module][1])
                 precision = variance / self.output[module][:, None]
+                if name in self.noise:
+                    self.prior[name], precision = _prior_under(self._own_noise(name), self.trained[name])
                 found[name] = precision.reshape(*variance.shape, *[1] * (p.mean.dim() - 2))
             if matrix:
                 found[name] = found[name] * self.trained[name].flatten(1).any(1).reshape(-1, *[1] * (p.mean.dim() - 1))  # none to zeros
@@ -188,6 +192,11 @@ class Reconstruction:
         variance = variance + _DAMPING * variance.mean(1, keepdim=True) + _LEAST
         return variance.repeat_interleave(len(self.trained[name]) // len(variance), 0)
 
+    def _own_noise(self, name: str) -> Tensor:
+        """Variance of the noise that weights were trained with: `[rows, channels]`."""
+        weights = self.trained[name]
+        return self.noise[name].to(weights) * weights.flatten(1).square().mean(1, keepdim=True)
+
     def _output_from_noise(self, inputs: measure.Moments) -> None:
         """Put what noise in one weight, as large as training had it, does to the outputs in place of what they vary.
 
@@ -195,12 +204,13 @@ class Reconstruction:
         """
         norm = dict(conversion(self.model).folded)
         less = {}
-        for name, variance in self.noise.items():
+        for name in self.noise:
             module, weights = self.owner.get(name), self.trained.get(name)
             if module is not None and weights is not None and weights.dim() > 1 and weights.any():
-                own = variance.to(weights) * weights.flatten(1).square().mean(1, keepdim=True)
-                noise = (own * self._input_variance(name, inputs[module][1]) + _LEAST).log().mean(1).exp()
+                noise = (self._own_noise(name) * self._input_variance(name, inputs[module][1]) + _LEAST).log().mean(1).exp()
                 less[module] = float((noise.sum() / self.output[module].sum()).log())
+                silent = ~weights.flatten(1).any(1)
+                noise = torch.where(silent, noise[~silent].mean(), noise)
                 self.output[module] = noise.clamp_min(float(noise.mean()) * _LEAST_NOISE)
                 if module in norm:
                     less[norm[module]], self.output[norm[module]] = less[module], self.output[module]
@@ -330,16 +340,32 @@ def _prior_and_variance(largest: Tensor, noise: Tensor, precision: Tensor) -> tu
     return prior, 1.0 / (precision + 1.0 / prior)
 
 
+def _prior_under(noise: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Prior variance by unit, `[units, 1, ...]`, and precision of the likelihood, `[units, inputs]`, if weights get this noise each.
+
+    Draws w + e have the variance p = mean(w^2 + v), v = min(noise, p), which is that of the prior; 1 / v = precision + 1 / p.
+    """
+    square = weights.square().reshape(*noise.shape, -1).mean(2)
+    prior = square.mean(1, keepdim=True) + _LEAST
+    for _ in range(_FIXED_POINT_STEPS):
+        prior = (square + torch.minimum(noise, prior)).mean(1, keepdim=True) + _LEAST
+    precision = 1.0 / torch.minimum(noise + _LEAST, _LARGEST_RATIO * prior) - 1.0 / prior
+    return prior.reshape(-1, *[1] * (weights.dim() - 1)), precision
+
+
 def _kl_nats(square: Tensor, var: Tensor, prior: Tensor) -> Tensor:
     """KL of each weight, from the square of its mean."""
     return 0.5 * ((var + square) / prior - 1.0 + (prior / var).log())
 
 
 @torch.no_grad()
-def _set(p: Posterior, weights: Tensor, precision: Tensor, *, corrected: bool) -> None:
-    """Posterior and prior of one tensor, where noise of variance 1 / `precision` may be added to each weight."""
-    variance = _largest_variance(p, weights, corrected=corrected)
-    prior, var = _prior_and_variance(variance, _mean_noise(p, weights, precision), precision)
+def _set(p: Posterior, weights: Tensor, precision: Tensor, prior: Tensor | None, *, corrected: bool) -> None:
+    """Posterior of one tensor, where noise of variance 1 / `precision` may be added to each weight, and its prior unless that is given."""
+    if prior is None:
+        variance = _largest_variance(p, weights, corrected=corrected)
+        prior, var = _prior_and_variance(variance, _mean_noise(p, weights, precision), precision)
+    else:
+        var = 1.0 / (precision + 1.0 / prior)
     p.mean.copy_(weights * (1.0 - var / prior))
     p.log_std.copy_((0.5 * var.log()).expand_as(weights))
     p.freeze_prior(prior.sqrt())
@@ -348,18 +374,22 @@ def _set(p: Posterior, weights: Tensor, precision: Tensor, *, corrected: bool) -
 class _Sampled:
     """The KL that `_set` would give a large tensor, estimated from some of its weights."""
 
-    def __init__(self, p: Posterior, weights: Tensor, precision: Tensor, *, corrected: bool):
+    def __init__(self, p: Posterior, weights: Tensor, precision: Tensor, prior: Tensor | None, *, corrected: bool):
         generator = torch.Generator().manual_seed(0)
         some = torch.randint(weights.numel(), (_SAMPLE,), generator=generator, device="cpu").to(weights.device)
         at = torch.unravel_index(some, weights.shape)
         variance, noise = _largest_variance(p, weights, corrected=corrected), _mean_noise(p, weights, precision)
         found = [v.expand_as(weights)[at].double() for v in (weights, precision, variance, noise)]
+        self.prior = None if prior is None else prior.expand_as(weights)[at].double()
         self.weights, self.precision, self.variance, self.noise = found
         self.share = _SAMPLE / weights.numel()
 
     def kl(self, lam: float) -> float:
         """Nats, at `lam` times the precision."""
-        prior, var = _prior_and_variance(self.variance, self.noise / lam, lam * self.precision)
+        if self.prior is None:
+            prior, var = _prior_and_variance(self.variance, self.noise / lam, lam * self.precision)
+        else:
+            prior, var = self.prior, 1.0 / (lam * self.precision + 1.0 / self.prior)
         return float(_kl_nats((self.weights * (1.0 - var / prior)).square(), var, prior).sum()) / self.share
 
 

@@ -183,7 +183,7 @@ def hardening(rank: int, folder: Path) -> dict[str, Any]:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
     told: dict[str, Any] = {}
     for name, batches in (("plain", plain()), ("sharded", sharded())):
-        hardened, course = miracle_ban.harden(net, batches, F.cross_entropy, noise=0.3, epochs=6, **QUIET)
+        hardened, course = miracle_ban.harden(net, batches, F.cross_entropy, bits=300, epochs=6, **QUIET)
         with distributed.apart():
             archive = miracle_ban.compress(hardened.eval(), inputs=IMAGES, budget=200, coder=TRELLIS, **QUIET)
         tuned = miracle_ban.tune(archive, net, batches, F.cross_entropy, epochs=20, learning_rate=0.1, **QUIET)

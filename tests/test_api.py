@@ -22,8 +22,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # the house of the design, top to bottom: a module imports only from those above it
 ORDER = [
     "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "load", "distributed", "gaussian",
-    "coders", "layers", "structure", "convert", "inputs", "teaching", "measure", "reconstruct", "spare", "ban", "recursion",
-    "checkpoint", "feed", "course", "plan", "objective", "train", "penalty", "harden", "packing", "block_packing",
+    "coders", "layers", "structure", "convert", "inputs", "teaching", "measure", "reconstruct", "ban", "recursion",
+    "checkpoint", "feed", "course", "plan", "objective", "train", "penalty", "noise", "graphs", "harden", "packing", "block_packing",
     "trellis_packing", "tune", "encode", "compress", "hub", "sources", "plots", "demo", "listing", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}
@@ -34,7 +34,7 @@ SIGNATURES = {
     "fit": ["model", "batches", "loss", "*", "budget", "epochs"],
     "encode": ["model", "batches", "loss", "*", "coder", "seed"],
     "compress": ["net", "batches", "loss", "*", "budget"],
-    "harden": ["net", "batches", "loss", "*", "noise", "epochs"],
+    "harden": ["net", "batches", "loss", "*", "bits", "epochs"],
     "tune": ["archive", "net", "batches", "loss", "*", "epochs"],
     "save": ["archive", "path"],
     "open": ["path"],

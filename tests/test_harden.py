@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -17,10 +16,12 @@ from torch import nn
 from miracle_ban import MiracleError, compress, harden
 from miracle_ban.coders import Trellis
 from miracle_ban.errors import CodingError
-from miracle_ban.harden import _descent, _noisy, _stds
+from miracle_ban.harden import _descent
+from miracle_ban.noise import Noise
 
 QUIET = {"progress": False}
 NOISE = 0.6
+BITS = 600  # of the 332 weights of `trained_net` and the 936 of `normed`, about a bit each at first and less than that
 
 
 def normed() -> nn.Module:
@@ -49,40 +50,71 @@ def faster(model: nn.Module) -> torch.optim.Optimizer:
 
 def test_noise_does_less_harm_to_a_hardened_network(trained_net, batches):
     before = helpers.weight_state(trained_net)
-    hardened, course = harden(trained_net, batches, F.cross_entropy, noise=NOISE, epochs=40, optimizer=faster, **QUIET)
+    bits = 0.5 * math.log2(1 + 1 / NOISE) * sum(p.numel() for p in trained_net.parameters() if p.dim() > 1)
+    hardened, course = harden(trained_net, batches, F.cross_entropy, bits=bits, epochs=40, optimizer=faster, **QUIET)
     assert helpers.same_state(trained_net.state_dict(), before)
     assert type(hardened) is type(trained_net)
     assert loss_under_noise(hardened, batches) < 0.7 * loss_under_noise(trained_net, batches)
     assert course["steps"] == course["history"][-1]["step"] == 40 * len(batches)
 
 
-def test_the_noise_is_as_large_as_was_asked_for():
-    """Chi-squared on the draws of each unit, two-sided, at helpers.FALSE_ALARM over all of them."""
+def bits_of(noise: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> float:
+    """What the noise stands for, in bits."""
+    return sum(float(torch.log2(1 + 1 / v).sum()) / 2 * weights[name].numel() / v.numel() for name, v in noise.items())
+
+
+def weights_of(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in net.named_parameters() if p.dim() > 1}
+
+
+def test_the_noise_is_as_large_as_its_factors_say():
+    """Chi-squared on the draws of each block, two-sided, at helpers.FALSE_ALARM over all of them."""
     torch.manual_seed(3)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(50, 5), nn.Linear(6, 2))
-    noise = {"0.weight": 0.3, "1.weight": 0.05, "1.bias": 2.0}
-    drawn = [_noisy(net, _stds(net, noise)) for _ in range(400)]
-    assert set(drawn[0]) == set(noise)
-    checked = 0
-    for name, variance in noise.items():
-        weight = net.get_parameter(name).detach()
-        units = [slice(None)] if weight.dim() == 1 else range(len(weight))
-        for unit in units:
-            scale = variance * float(weight[unit].square().mean())
-            errors = torch.stack([d[name].detach()[unit] - weight[unit] for d in drawn]).double()
-            chance = stats.chi2.cdf(float(errors.square().sum() / scale), errors.numel())
-            assert helpers.FALSE_ALARM / 20 < chance < 1 - helpers.FALSE_ALARM / 20
-            checked += 1
-    assert checked == 4 + 5 + 1
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 6), nn.Linear(6, 2))
+    weights = {**weights_of(net), "1.bias": net[1].bias}
+    noise = Noise(weights, 150.0)
+    for factor in noise.factors:
+        factor += 0.5 * torch.randn(factor.shape)
+    drawn = [noise.draw() for _ in range(400)]
+    blocks = sum(v.numel() for v in noise.variances().values())
+    assert set(drawn[0]) == set(weights)
+    for name, variance in noise.variances().items():
+        weight = weights[name].detach()
+        units = weight.reshape(variance.shape[0], -1)
+        errors = torch.stack([d[name].detach() - weight for d in drawn]).reshape(400, *variance.shape, -1).double()
+        scale = variance * units.square().mean(1, keepdim=True)
+        chance = stats.chi2.cdf((errors.square().sum((0, 3)) / scale).numpy(), 400 * errors.shape[3])
+        assert ((helpers.FALSE_ALARM / (2 * blocks) < chance) & (chance < 1 - helpers.FALSE_ALARM / (2 * blocks))).all()
 
 
-def test_one_number_is_for_matrices_and_kernels_alone():
-    assert set(_stds(normed(), 0.1)) == {"0.weight", "4.weight"}
-    assert _stds(normed(), 0.0) == {}
+def test_bits_go_where_noise_does_most_harm_and_their_sum_stays():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(4, 6))
+    worth = torch.tensor([[100.0], [1.0], [1.0], [0.0]]) * torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0])  # of a unit, of an input
+    noise = Noise({"w": weight}, 48.0)
+    assert float(noise.variances()["w"].std()) == 0
+    for _ in range(4000):
+        weight.grad = None
+        (worth * (noise.draw()["w"] - weight.detach()).square()).sum().backward()
+        noise.share(0.01, 48.0)
+    variance = noise.variances()["w"]
+    assert bits_of({"w": variance}, {"w": weight}) == pytest.approx(48.0, rel=1e-3)
+    rate = torch.log2(1 + 1 / variance) / 2
+    assert rate[0, :5].mean() > rate[1:3, :5].mean() + 1.0 > rate[3].mean() + 1.0
+    assert rate[0, 5] < rate[0, :5].mean()
+
+
+def test_fewer_bits_from_step_to_step(trained_net, batches):
+    weights = weights_of(trained_net)
+    _, few = harden(trained_net, batches, F.cross_entropy, bits=200, epochs=4, **QUIET)
+    _, many = harden(trained_net, batches, F.cross_entropy, bits=9000, names=["fc1.weight"], epochs=4, **QUIET)
+    assert bits_of(few["noise"], weights) == pytest.approx(200, rel=0.01)
+    assert set(few["noise"]) == set(weights)
+    assert set(many["noise"]) == {"fc1.weight"}
 
 
 def test_statistics_of_norms_are_those_without_noise(batches):
-    hardened, _ = harden(normed(), batches, F.cross_entropy, noise=NOISE, epochs=3, **QUIET)
+    hardened, _ = harden(normed(), batches, F.cross_entropy, bits=BITS, epochs=3, **QUIET)
     with torch.no_grad():
         seen = torch.cat([hardened[0](x) for x, _ in batches])
     assert torch.allclose(hardened[1].running_mean, seen.mean((0, 2, 3)), atol=1e-5)
@@ -91,9 +123,9 @@ def test_statistics_of_norms_are_those_without_noise(batches):
 
 def test_the_mode_of_the_network_is_kept_and_its_norms_learn(batches):
     net = normed().eval()
-    hardened, _ = harden(net, batches, F.cross_entropy, noise=0.1, epochs=2, **QUIET)
+    hardened, _ = harden(net, batches, F.cross_entropy, bits=BITS, epochs=2, **QUIET)
     assert not hardened.training
-    assert harden(net.train(), batches, F.cross_entropy, noise=0.1, epochs=1, **QUIET)[0].training
+    assert harden(net.train(), batches, F.cross_entropy, bits=BITS, epochs=1, **QUIET)[0].training
     assert not torch.equal(hardened[1].weight, net[1].weight)
 
 
@@ -106,7 +138,7 @@ def test_sgd_where_there_are_norms_and_the_callers_own_wherever_it_is_given(trai
         made.append(model)
         return torch.optim.SGD(model.parameters(), 1e-12)
 
-    same, _ = harden(trained_net, batches, F.cross_entropy, noise=0.1, epochs=1, optimizer=still, **QUIET)
+    same, _ = harden(trained_net, batches, F.cross_entropy, bits=BITS, epochs=1, optimizer=still, **QUIET)
     assert made
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(same.parameters(), trained_net.parameters(), strict=True))
 
@@ -114,14 +146,14 @@ def test_sgd_where_there_are_norms_and_the_callers_own_wherever_it_is_given(trai
 def test_what_the_caller_froze_stays(trained_net, batches):
     net = copy.deepcopy(trained_net)
     net.conv.requires_grad_(False)
-    hardened, _ = harden(net, batches, F.cross_entropy, noise=0.1, epochs=1, **QUIET)
+    hardened, _ = harden(net, batches, F.cross_entropy, bits=BITS, epochs=1, **QUIET)
     assert torch.equal(hardened.conv.weight, trained_net.conv.weight)
     assert not torch.equal(hardened.fc1.weight, trained_net.fc1.weight)
 
 
 def test_steps_within_an_autocast_see_each_other(trained_net, batches):
     with torch.autocast("cpu", torch.bfloat16):
-        hardened, course = harden(normed(), [batches[0]], F.cross_entropy, noise=1e-6, epochs=60, **QUIET)
+        hardened, course = harden(normed(), [batches[0]], F.cross_entropy, bits=8000, epochs=60, **QUIET)
     with torch.no_grad():
         now = float(F.cross_entropy(hardened.train()(batches[0][0]), batches[0][1]))
     assert now == pytest.approx(course["history"][-1]["loss"], rel=0.3, abs=0.02)
@@ -136,7 +168,7 @@ def test_interrupted_hardening_goes_on_to_the_same_weights(batches, tmp_path):
         return F.cross_entropy(out, y)
 
     calls: list[int] = []
-    options = {"noise": 0.2, "epochs": 6, "checkpoint": tmp_path / "state", **QUIET}
+    options = {"bits": BITS, "epochs": 6, "checkpoint": tmp_path / "state", **QUIET}
     with pytest.raises(KeyboardInterrupt):
         harden(normed(), batches, interrupted, **options)
     resumed, course = harden(normed(), batches, F.cross_entropy, **options)
@@ -160,21 +192,19 @@ def test_compress_hardens_and_then_packages(trained_net, batches, tmp_path):
     assert archive.to_bytes() != untrained.to_bytes()
 
 
-def test_the_noise_follows_from_the_rates_of_the_plan(trained_net, batches, monkeypatch):
+def test_the_bits_follow_from_the_budget(trained_net, batches, monkeypatch):
     given = {}
 
-    def spy(net, *args, noise, **options):
-        given[budget] = noise
-        return copy.deepcopy(net), {}
+    def spy(net, *args, bits, names, **options):
+        given[budget] = bits, set(names)
+        return copy.deepcopy(net), {"noise": {}}
 
     module = importlib.import_module("miracle_ban.compress")
     monkeypatch.setattr(module, "harden", spy)
     for budget in (230, 400):
         compress(trained_net, batches, F.cross_entropy, budget=budget, hardened=True, coder=Trellis(memory=8), **QUIET)
-    assert set(given[400]) == {"conv.weight", "fc1.weight", "fc2.weight"}
-    assert all(0 < given[400][name] < given[230][name] for name in given[230])
-    nothing_left = SimpleNamespace(kl_bits={"fc1.weight": 0.0, "fc1.bias": 9.0})
-    assert module._noise(nothing_left, trained_net) == {"fc1.weight": pytest.approx(1 / (2**0.6 - 1))}  # noise all the same
+    assert given[400][1] == {"conv.weight", "fc1.weight", "fc2.weight"}
+    assert 0 < given[230][0] < 8 * 230 < given[400][0] < 8 * 400
 
 
 def test_networks_with_norms_are_hardened_where_there_are_passes_enough(trained_net, batches):
@@ -185,19 +215,19 @@ def test_networks_with_norms_are_hardened_where_there_are_passes_enough(trained_
 
 
 def test_errors_say_what_is_wrong(trained_net, batches):
-    with pytest.raises(MiracleError, match="noise is given for 'fc9', which is no parameter of TinyNet"):
-        harden(trained_net, batches, F.cross_entropy, noise={"fc9": 0.1}, **QUIET)
-    with pytest.raises(MiracleError, match=r"noise of fc1\.weight must be zero or positive, not -1"):
-        harden(trained_net, batches, F.cross_entropy, noise={"fc1.weight": -1.0}, **QUIET)
+    with pytest.raises(MiracleError, match="noise is wanted for 'fc9', which is no parameter of TinyNet"):
+        harden(trained_net, batches, F.cross_entropy, bits=BITS, names=["fc9"], **QUIET)
+    with pytest.raises(MiracleError, match="bits must be positive, not 0"):
+        harden(trained_net, batches, F.cross_entropy, bits=0, **QUIET)
     with pytest.raises(MiracleError, match="epochs must be positive, not 0"):
-        harden(trained_net, batches, F.cross_entropy, noise=0.1, epochs=0, **QUIET)
+        harden(trained_net, batches, F.cross_entropy, bits=BITS, epochs=0, **QUIET)
     with pytest.raises(MiracleError, match="no parameter of TinyNet wants a gradient"):
-        harden(copy.deepcopy(trained_net).requires_grad_(False), batches, F.cross_entropy, noise=0.1, **QUIET)
-    with pytest.raises(MiracleError, match="the loss became nan in hardening, step 0"):
-        harden(trained_net, batches, lambda out, y: F.cross_entropy(out, y) * float("nan"), noise=0.1, **QUIET)
+        harden(copy.deepcopy(trained_net).requires_grad_(False), batches, F.cross_entropy, bits=BITS, **QUIET)
+    with pytest.raises(MiracleError, match="the loss became nan in hardening, by step 20"):
+        harden(trained_net, batches, lambda out, y: F.cross_entropy(out, y) * float("nan"), bits=BITS, **QUIET)
     with pytest.raises(MiracleError, match="must return a scalar tensor"):
-        harden(trained_net, batches, lambda out, y: F.cross_entropy(out, y).detach(), noise=0.1, **QUIET)
+        harden(trained_net, batches, lambda out, y: F.cross_entropy(out, y).detach(), bits=BITS, **QUIET)
     with pytest.raises(CodingError, match="hardening needs a training set"):
         compress(trained_net, budget=230, hardened=True, **QUIET)
     with pytest.raises(CodingError, match="only a network that is packaged first can be hardened"):
-        compress(trained_net, batches, F.cross_entropy, budget=70, hardened=True, **QUIET)
+        compress(trained_net, batches, F.cross_entropy, budget=70, hardened=True, package_first=False, **QUIET)
