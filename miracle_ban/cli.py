@@ -161,7 +161,7 @@ def _add_compress(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--budget", required=True, metavar="SIZE", help='of the whole file: bytes, "20 kB", "3 MB"')
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mban")
     command.add_argument("--epochs", type=_positive, default=30.0, help="passes over the data in training (default 30)")
-    hardened = "with --data, from half a bit a weight on: train under the noise of the code, instead of inside the packaged file"
+    hardened = "with --data: train under the noise of the code and then package, instead of training posteriors or inside the file"
     hardened += " (default: with BatchNorms and 20 epochs or more)"
     command.add_argument("--hardened", action=argparse.BooleanOptionalAction, default=None, help=hardened)
     command.add_argument("--coder", choices=tuple(coders.IDS), default="trellis", help="default %(default)s")

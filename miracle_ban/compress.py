@@ -62,9 +62,9 @@ def compress(
     """Convert + fit + encode: a trained network becomes an archive of at most `budget`.
 
     Without `batches` nothing is trained: the noise that the budget asks for is shared out over the weights as they are, and each
-    layer is made to repair what the coding of those before it did (`reconstruct`). With `batches`, far below a bit a weight,
-    posteriors are trained and then packaged (`fit`, `encode`); from half a bit on the network is packaged first, as without
-    training, and then trained inside its file (`tune`).
+    layer is made to repair what the coding of those before it did (`reconstruct`). With `batches`, networks with BatchNorms are trained
+    under the noise of the code and then packaged so (`harden`); others are packaged first and then trained inside their file
+    (`tune`) from half a bit a weight on, and below posteriors are trained and then packaged (`fit`, `encode`).
 
     Args:
         net: a trained network, or its state dict alone (then nothing can be measured, and errors are far larger); left alone.
@@ -79,10 +79,12 @@ def compress(
         context: with `batches`: inputs of the context that the file is for, as in `encode`; trains with attention, on random sets
             of the classes unless `fit_options` gives an `attention`. For several packages of one training, call `fit` and `encode`.
         where, per_unit: as in `convert`.
-        package_first: with `batches`: package, then tune, instead of training posteriors and packaging them; default if the budget has
-            half a bit or more for each weight, the coder is the trellis and neither `context` nor `fit_options` are given.
-        hardened: of a network that is packaged first: train it before, under the noise that its code is going to bring (`harden`),
-            and not inside its file. It is trained anew at a large rate; default if it has BatchNorms and there are twenty epochs or more.
+        package_first: with `batches`: package the network as it is, instead of training posteriors and packaging them; default if it
+            is hardened, or the budget has half a bit or more for each weight, the coder is the trellis and neither `context` nor
+            `fit_options` are given.
+        hardened: of a network that is packaged so: train it before, under the noise that its code is going to bring (`harden`), and
+            not inside its file. It is trained anew at a large rate; default if it has BatchNorms, there are twenty epochs or more
+            and a fiftieth of a bit for each weight.
         checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit", ".harden", ".encode",
             ".packaged" and ".tune".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
@@ -233,7 +235,15 @@ def _harden_and_package(
         model, _, plan = packaging.plan(net, rehearsed=False)
     bits = {name: v for name, v in plan.kl_bits.items() if posteriors(model)[name].mean.dim() > 1}
     net, course = harden(
-        net, batches, loss, bits=sum(bits.values()), names=bits, epochs=epochs, seed=packaging.seed, checkpoint=stages["harden"], progress=packaging.progress
+        net,
+        batches,
+        loss,
+        bits=sum(bits.values()),
+        names=bits,
+        epochs=epochs,
+        seed=packaging.seed,
+        checkpoint=stages["harden"],
+        progress=packaging.progress,
     )
     archive = packaging.package(net, stages["encode"], course.pop("noise"))
     archive.info["harden"] = course

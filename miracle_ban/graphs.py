@@ -25,13 +25,14 @@ class Recorded:
 
     def __init__(self, function: Callable[..., Tensor]):
         self.function, self.calls = function, 0
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.replay: Callable[[], None] | None = None
         self.layout: list[object] = []
         self.inputs: list[Tensor] = []
-        self.output: Tensor | None = None
+        self.output = torch.empty(0)
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *args: Tensor) -> Tensor:
+        """The function's result."""
         layout: list[object] = [(a.shape, a.dtype, a.stride(), a.device) if isinstance(a, Tensor) else type(a) for a in args]
         if self.calls < 0 or not all(isinstance(a, Tensor) and a.is_cuda for a in args):
             return self.function(*args)
@@ -45,11 +46,12 @@ class Recorded:
             return output
         if layout != self.layout:
             return self.function(*args)
-        if self.graph is None and not self._record(args):
+        if self.replay is None and not self._record(args):
             return self.function(*args)
+        assert self.replay is not None
         for held, given in zip(self.inputs, args, strict=True):
             held.copy_(given)
-        self.graph.replay()
+        self.replay()
         return self.output.clone()
 
     def _record(self, args: tuple[Tensor, ...]) -> bool:
@@ -63,5 +65,5 @@ class Recorded:
             self.calls = -1
             warnings.warn(f"steps are not recorded as a CUDA graph, and slower: {str(error)[:200]}", MiracleWarning, stacklevel=2)
             return False
-        self.graph = graph
+        self.replay = graph.replay
         return True

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -120,7 +119,14 @@ class _Hardening:
     """The course of `harden`."""
 
     def __init__(
-        self, model: nn.Module, feed: Feed, loss: Loss, optimizer: torch.optim.Optimizer, noise: Noise, bits: tuple[float, float], steps: int
+        self,
+        model: nn.Module,
+        feed: Feed,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        noise: Noise,
+        bits: tuple[float, float],
+        steps: int,
     ):
         self.model, self.feed, self.loss, self.optimizer, self.noise, self.steps = model, feed, loss, optimizer, noise, steps
         self.first, self.bits = bits
@@ -162,9 +168,7 @@ class _Hardening:
         """Since the last row, of all processes."""
         mean = float(distributed.mean(torch.stack(self.losses).mean()))
         if not math.isfinite(mean):
-            raise MiracleError(
-                f"the loss became {mean} in hardening, by step {self.step}: check the data, or lower the learning rate"
-            )
+            raise MiracleError(f"the loss became {mean} in hardening, by step {self.step}: check the data, or lower the learning rate")
         return mean
 
     def words(self, row: Row) -> str:

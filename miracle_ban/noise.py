@@ -49,20 +49,21 @@ class Noise:
                 view[axis] = shape[axis]
                 index[axis].append((sizes[axis] + torch.arange(shape[axis])).view(view).expand(shape).reshape(-1))
                 sizes[axis] += shape[axis]
-        self.sizes = torch.cat(counts).to(device)  # a block, which is what lies between two units
+        self.sizes = torch.cat(counts).to(device)  # weights of each block, which is what lies between two units
         self.index = [torch.cat(i).to(device) for i in index]  # of each block's two factors
-        self.factors = [torch.full((size,), value, device=device) for size, value in zip(sizes, (self._even(bits), 0.0), strict=True)]  # logs
+        into, out_of = sizes
+        self.factors = [torch.full((into,), self._even(bits), device=device), torch.zeros(out_of, device=device)]  # logs
         self.counts = [torch.zeros_like(f).index_add(0, i, self.sizes) for f, i in zip(self.factors, self.index, strict=True)]
         self.slope = torch.zeros(2, device=device)  # running sum of lambda, and of the weights in that sum
         self.added: list[Tensor] = []
 
     def _even(self, bits: float) -> float:
-        """log s, if it is the same everywhere."""
+        """Log of s, if it is the same everywhere."""
         rate = bits / max(float(self.sizes.sum()), 1.0)
         return min(max(-0.5 * math.log(math.expm1(min(2.0 * rate * math.log(2.0), 50.0))), math.log(_LEAST_STD)), math.log(_LARGEST_STD))
 
     def _log_std(self) -> Tensor:
-        """log s of each block."""
+        """Log of s, of each block."""
         into, out_of = (f[i] for f, i in zip(self.factors, self.index, strict=True))
         return (into + out_of).clamp(math.log(_LEAST_STD), math.log(_LARGEST_STD))
 

@@ -82,6 +82,7 @@ class Reconstruction:
         self.output: dict[str, Tensor] = {}  # of each module that owns something: what noise is held against, by channel
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # mean and variance of its outputs in the float network, by channel
         self.prior: dict[str, Tensor] = {}  # variance by unit, where the noise was known before
+        self.most: dict[str, Tensor] = {}  # mean square of a unit's means over its prior's variance, there
         self._regressions: dict[str, _Regression] = {}
         with torch.no_grad():
             self._precision = self._measure()
@@ -123,6 +124,8 @@ class Reconstruction:
         """
         self.scaled = bool(self.noise) or kl_bits < _SCALED_BELOW * sum(int(w.count_nonzero()) for w in self.trained.values())
         self.allocate(kl_bits)
+        if self.noise:
+            self.most = {name: _PRIOR * _share_of_means(posteriors(self.model)[name]) for name in self.prior}
         if self.noise or not rehearsed:
             self.kl_bits = {name: float(p.kl()) / NATS_PER_BIT for name, p in posteriors(self.model).items()}
             return
@@ -240,6 +243,11 @@ class Reconstruction:
         worth = (inverse.reciprocal() - ridge).clamp_min(_LEAST)[:, None, :]
         self._regressions = {name: _Regression(h, trained @ c, precision, worth)}
         self._solve(name, kl_bits, _FIRST_STEPS)
+        if name in self.most:  # a unit whose means became too large for its bits is coded smaller; `gains` makes it larger again
+            factor = (self.most[name] / (_share_of_means(p) + _LEAST)).sqrt().clamp_max(1.0).reshape(-1, *[1] * (p.mean.dim() - 1))
+            self._regressions[name].goal.mul_(measure.parts(layer, factor.expand_as(p.mean)))
+            p.mean.mul_(torch.where(p.fixed, 1.0, factor))
+            self._solve(name, kl_bits, _STEPS)
 
     @torch.no_grad()
     def update(self, name: str, kl_bits: float) -> None:
@@ -322,6 +330,12 @@ def _largest_variance(p: Posterior, weights: Tensor, *, corrected: bool) -> Tens
     square, largest = rows.square().mean(1).reshape(shape), rows.abs().amax(1).reshape(shape)
     factor, farthest = (_PRIOR, _FARTHEST) if corrected else (1.0, _FARTHEST_ELSEWHERE)
     return torch.maximum(factor * square, (largest / farthest).square()).clamp_min(_LEAST)
+
+
+def _share_of_means(p: Posterior) -> Tensor:
+    """Mean square of the means over the prior's variance, `[units]`."""
+    assert p.prior_std is not None
+    return (p.mean / p.prior_std).square().flatten(1).mean(1)
 
 
 def _group_shape(p: Posterior, weights: Tensor) -> list[int]:

@@ -5,12 +5,11 @@
     python recipes/resnet_cifar10.py --depth 20 --level data --budget 40kB --data ../data
 
 Level "weights" sees the weights alone; "inputs" also 1,024 training images without labels; "data" trains on the training images
-(augmented) under the noise that the code is going to bring, without layers that it can spare where there is little more than a bit
-a weight, and packages what comes of it. Decodes the file in a fresh process, reports top-1 and the agreement with the float network
-on the first 5,000 test images, and appends one line to `recipes/results/resnet_cifar10.jsonl`. Nothing is chosen on the test split;
-the last 5,000 training images are never trained on here (but the float networks were trained on them). The float networks are
-`cifar10-resnets/resnet*.safetensors` in the data folder: the checkpoints of github.com/akamaster/pytorch_resnet_cifar10 without
-their prefix `module.`.
+(augmented) under the noise that the code is going to bring and packages what comes of it. Decodes the file in a fresh process, reports
+top-1 and the agreement with the float network on the first 5,000 test images, and appends one line to
+`recipes/results/resnet_cifar10.jsonl`. Nothing is chosen on the test split; the last 5,000 training images are never trained on here
+(but the float networks were trained on them). The float networks are `cifar10-resnets/resnet*.safetensors` in the data folder: the
+checkpoints of github.com/akamaster/pytorch_resnet_cifar10 without their prefix `module.`.
 """
 
 from __future__ import annotations

@@ -132,9 +132,10 @@ def main() -> None:
     validation = measured(output, root, "validation")
     if checked["sha256_weights"] != validation["sha256_weights"]:
         raise SystemExit("a fresh process decoded other weights")
+    seconds = archive.info["seconds"] + archive.info["harden"]["seconds"]
     line = {
         "task": "VGG-16 on CIFAR-10", "bytes": size, **checked, "float_top1": round(float_top1, 2), "validation_top1": validation["top1"],
-        "budget": parse_bytes(args.budget), "seed": args.seed, "seconds": round(archive.info["seconds"] + archive.info["harden"]["seconds"], 1),
+        "budget": parse_bytes(args.budget), "seed": args.seed, "seconds": round(seconds, 1),
         "sha256": hashlib.sha256(output.read_bytes()).hexdigest(), "file": output.name,
         "command": f"python recipes/vgg_cifar10.py --budget {args.budget} --seed {args.seed} --epochs {args.epochs:g}",
     }  # fmt: skip

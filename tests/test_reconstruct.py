@@ -125,6 +125,23 @@ def test_the_kl_is_the_one_that_was_asked_for(normed, bits):
     assert sum(found.kl_bits.values()) == pytest.approx(bits, rel=0.1)
 
 
+def test_units_get_the_shares_that_they_were_hardened_with(normed):
+    bnn = convert(normed, per_unit=True)
+    bare = {name: p for name, p in normed.named_parameters() if p.dim() > 1}
+    noise = {name: torch.full(p.shape[:2], 0.4) for name, p in bare.items()}
+    noise["a.weight"][:4] = torch.tensor([0.02, 0.1, 20.0, 1600.0])[:, None]  # of units with 2.8, 1.7, 0.04 and next to no bits
+    found = Reconstruction(bnn, [images(64)], noise)
+    wanted = sum(float(torch.log2(1 + 1 / v).sum()) / 2 * bare[name].numel() / v.numel() for name, v in noise.items())
+    found.plan(wanted + 8 * sum(p.numel() for p in bnn.parameters() if p.dim() == 1))
+    bits = posteriors(bnn)["a.weight"].kl_per_weight().flatten(1).mean(1) / NATS_PER_BIT
+    assert bits[0] > bits[1] + 0.5 > bits[4] + 0.5 > bits[2] + 0.5 > bits[3] + 0.5
+    assert bits[3] < 0.02
+    assert found.scaled
+    before = float(posteriors(bnn)["a.weight"].kl()) / NATS_PER_BIT
+    found.begin("a.weight", before)
+    assert float(posteriors(bnn)["a.weight"].kl()) / NATS_PER_BIT == pytest.approx(before, rel=0.02)
+
+
 def test_layers_and_units_that_are_zero_get_no_bits(normed):
     net = copy.deepcopy(normed)
     net.b.weight.data.zero_()
