@@ -55,7 +55,8 @@ class Noise:
         self.factors = [torch.full((into,), self._even(bits), device=device), torch.zeros(out_of, device=device)]  # logs
         self.counts = [torch.zeros_like(f).index_add(0, i, self.sizes) for f, i in zip(self.factors, self.index, strict=True)]
         self.slope = torch.zeros(2, device=device)  # running sum of lambda, and of the weights in that sum
-        self.added: list[Tensor] = []
+        self.added: list[Tensor] = []  # of the last draw
+        self.drawn: list[Tensor] = []
 
     def _even(self, bits: float) -> float:
         """Log of s, if it is the same everywhere."""
@@ -77,13 +78,15 @@ class Noise:
     def draw(self) -> dict[str, Tensor]:
         """The parameters with noise, drawn anew."""
         drawn = {}
-        self.added = []
+        self.added, self.drawn = [], []
         for (name, weight), std in zip(self.weights.items(), self._by_tensor(self._log_std().exp()), strict=True):
             with torch.no_grad():
                 rms = weight.square().mean(tuple(range(1, weight.dim())) or (0,), keepdim=True).sqrt()
                 size = std.view(*std.shape, *[1] * (weight.dim() - 2)) if weight.dim() > 1 else std.view(1)
                 self.added.append(size * rms * _normals_like(weight))
-            drawn[name] = weight + self.added[-1]
+            noisy = weight + self.added[-1]
+            drawn[name] = noisy if noisy.requires_grad else noisy.requires_grad_()  # bits for what is not trained, too
+            self.drawn.append(noisy)
         return drawn
 
     @torch.no_grad()
@@ -92,8 +95,8 @@ class Noise:
         if not self.weights:
             return
         by_block = [
-            _gradient(w).mul(a).reshape(*shape, -1).sum(2).reshape(-1)
-            for w, a, shape in zip(self.weights.values(), self.added, self.shapes, strict=True)
+            _gradient(w if w.requires_grad else noisy).mul(a).reshape(*shape, -1).sum(2).reshape(-1)
+            for w, noisy, a, shape in zip(self.weights.values(), self.drawn, self.added, self.shapes, strict=True)
         ]
         harm = distributed.mean(torch.cat(by_block))  # gradient of the loss by log s
         worth = self._worth(self._log_std())

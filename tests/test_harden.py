@@ -146,7 +146,9 @@ def test_sgd_where_there_are_norms_and_the_callers_own_wherever_it_is_given(trai
 def test_what_the_caller_froze_stays(trained_net, batches):
     net = copy.deepcopy(trained_net)
     net.conv.requires_grad_(False)
-    hardened, _ = harden(net, batches, F.cross_entropy, bits=BITS, epochs=1, **QUIET)
+    hardened, course = harden(net, batches, F.cross_entropy, bits=BITS, epochs=20, **QUIET)
+    rates = {name: float(torch.log2(1 + 1 / v).mean()) / 2 for name, v in course["noise"].items()}
+    assert rates["conv.weight"] > 0.3 * max(rates.values())  # bits for it all the same
     assert torch.equal(hardened.conv.weight, trained_net.conv.weight)
     assert not torch.equal(hardened.fc1.weight, trained_net.fc1.weight)
 
