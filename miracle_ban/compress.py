@@ -54,6 +54,7 @@ def compress(
     per_unit: bool = False,
     package_first: bool | None = None,
     hardened: bool | None = None,
+    noise: Mapping[str, torch.Tensor] | None = None,
     checkpoint: str | Path | None = None,
     fit_options: dict[str, Any] | None = None,
     encode_options: dict[str, Any] | None = None,
@@ -85,6 +86,7 @@ def compress(
         hardened: of a network that is packaged so: train it before, under the noise that its code is going to bring (`harden`), and
             not inside its file. It is trained anew at a large rate; default if it has BatchNorms, there are twenty epochs or more
             and a fiftieth of a bit for each weight.
+        noise: without `batches`, of a network that `harden` trained: what it says under "noise".
         checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit", ".harden", ".encode",
             ".packaged" and ".tune".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
@@ -114,7 +116,12 @@ def compress(
             raise CodingError("context needs a training set: compress(net, loader, loss, context=inputs, budget=...)")
         if hardened:
             raise CodingError("hardening needs a training set: compress(net, loader, loss, hardened=True, budget=...)")
-        return _Packaging(budget, coder, seed, inputs, where, progress, encode_options or {}).package(net, _stages(checkpoint)["encode"])
+        packaging = _Packaging(budget, coder, seed, inputs, where, progress, encode_options or {})
+        return packaging.package(net, _stages(checkpoint)["encode"], noise)
+    if noise is not None:
+        raise CodingError(
+            "noise is of a network that is hardened already: compress(net, inputs=..., noise=..., budget=...), without batches"
+        )
     if package_first is None and hardened:
         package_first = True
     hardens = epochs >= _EPOCHS_TO_HARDEN and has_norms(net) if hardened is None else hardened

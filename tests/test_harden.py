@@ -194,6 +194,27 @@ def test_compress_hardens_and_then_packages(trained_net, batches, tmp_path):
     assert archive.to_bytes() != untrained.to_bytes()
 
 
+def test_hardening_and_packaging_in_two_steps_give_the_same_file(trained_net, batches):
+    options = {"budget": 230, "coder": Trellis(memory=8), **QUIET}
+    inputs = torch.cat([x for x, _ in batches])
+    at_once = compress(trained_net, batches, F.cross_entropy, inputs=inputs, hardened=True, epochs=3, **options)
+    asked = {}
+
+    def spy(net, *args, **given):
+        asked.update(given)
+        return harden(net, *args, **given)
+
+    module = importlib.import_module("miracle_ban.compress")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "harden", spy)
+        compress(trained_net, batches, F.cross_entropy, inputs=inputs, hardened=True, epochs=3, **options)
+    hardened, course = harden(trained_net, batches, F.cross_entropy, bits=asked["bits"], epochs=3, **QUIET)
+    assert compress(hardened, inputs=inputs, noise=course["noise"], **options).to_bytes() == at_once.to_bytes()
+    assert compress(hardened, inputs=inputs, **options).to_bytes() != at_once.to_bytes()
+    with pytest.raises(CodingError, match="noise is of a network that is hardened already"):
+        compress(trained_net, batches, F.cross_entropy, noise=course["noise"], **options)
+
+
 def test_the_bits_follow_from_the_budget(trained_net, batches, monkeypatch):
     given = {}
 
