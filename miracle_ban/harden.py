@@ -181,7 +181,7 @@ class _Hardening:
         return {"step": self.step, "losses": list(self.losses), **states}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.step, self.losses = state["step"], list(state["losses"])
+        self.step, self.losses = state["step"], [v.to(self.feed.device) for v in state["losses"]]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.noise.restore(state["noise"])
