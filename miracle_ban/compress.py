@@ -198,7 +198,8 @@ class _Packaging:
         side = side_bits(skeleton(model, coder=coder, seed=self.seed, names=names))
         goal = index_budget_bits(parse_bytes(self.budget), side)
         reconstruction = Reconstruction(model, batches, noise)
-        reconstruction.plan(goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), seed=self.seed, rehearsed=rehearsed)
+        memory = float(coder.memory or BLOCK_BITS) if isinstance(coder, coders.Trellis) else BLOCK_BITS
+        reconstruction.plan(goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), memory=memory, seed=self.seed, rehearsed=rehearsed)
         return model, coder, reconstruction
 
 

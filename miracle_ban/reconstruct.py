@@ -32,6 +32,7 @@ from . import measure
 from .bits import NATS_PER_BIT
 from .convert import conversion
 from .layers import Posterior, posteriors
+from .plan import DROP_BELOW_BITS
 
 _PRIOR = 1.5  # variance of the prior over that of the weights: the corrections make them larger
 _FARTHEST, _FARTHEST_ELSEWHERE = 5.0, 3.3  # prior stds that a weight may be away from zero, in corrected layers and in other tensors
@@ -48,6 +49,8 @@ _LEAST_CHANNEL = 0.01  # variance that an output channel is taken to have, relat
 _TYPICAL_INPUTS = 256.0  # of a layer, where no layer was seen
 _FIRST_STEPS, _STEPS = 30, 8  # of conjugate gradients: from the trained weights, from the solution before
 _FIXED_POINT_STEPS = 30
+_MEMORY = 16.0  # bits
+_LEAST_WIDENING, _LARGEST_WIDENING, _WIDENINGS = 0.75, 8.0, 36  # of a prior's variance
 _SAMPLE = 1 << 16  # weights that the KL of a tensor is estimated on
 
 
@@ -76,6 +79,7 @@ class Reconstruction:
         self.float = copy.deepcopy(model).eval() if batches else model  # without inputs nothing is held against it
         self.trained = {name: p.mean.detach() if batches else p.mean.detach().clone() for name, p in posteriors(self.float).items()}
         self.lam = 1.0
+        self.memory = _MEMORY
         self.scaled = False  # whether units are scaled once their layer is coded
         self.kl_bits: dict[str, float] = {}  # that each tensor is going to have when it is coded
         self.owner = _owners(model)
@@ -117,14 +121,23 @@ class Reconstruction:
         self.lam = low
 
     @torch.no_grad()
-    def plan(self, kl_bits: float, *, seed: int = 0, rehearsed: bool = True) -> None:
+    def plan(self, kl_bits: float, *, memory: float = _MEMORY, seed: int = 0, rehearsed: bool = True) -> None:
         """`allocate`, then find what KL each tensor has when its turn comes: a rehearsal with plain draws instead of a code.
 
         The less a layer's inputs are worth by then, the less its weights are: later layers take fewer bits than before coding.
+
+        Args:
+            kl_bits: of all tensors.
+            memory: bits that are chosen together, in the code to come.
+            seed: of the rehearsal's draws.
+            rehearsed: else the KL is that of `allocate`.
         """
+        self.memory = memory
         self.scaled = bool(self.noise) or kl_bits < _SCALED_BELOW * sum(int(w.count_nonzero()) for w in self.trained.values())
         self.allocate(kl_bits)
         if self.noise:
+            self._widen(memory)
+            self.allocate(kl_bits)
             self.most = {name: _PRIOR * _share_of_means(posteriors(self.model)[name]) for name in self.prior}
         if self.noise or not rehearsed:
             self.kl_bits = {name: float(p.kl()) / NATS_PER_BIT for name, p in posteriors(self.model).items()}
@@ -144,6 +157,17 @@ class Reconstruction:
         self.model = real
         self.allocate(kl_bits * sum(before.values()) / sum(part[name] * v for name, v in before.items()))
         self.kl_bits = {name: part[name] * float(p.kl()) / NATS_PER_BIT for name, p in posteriors(self.model).items()}
+
+    def _widen(self, memory: float) -> None:
+        """Make the priors as wide as suits the candidates of a code that chooses `memory` bits together."""
+        for name, prior in self.prior.items():
+            p = posteriors(self.model)[name]
+            bits = p.kl_per_weight().flatten(1).mean(1) / NATS_PER_BIT
+            coded = bits > DROP_BELOW_BITS
+            if coded.any():
+                size = ((p.mean.square() + (2.0 * p.log_std).exp()) / prior).flatten(1)
+                factor = _widening(size, self._precision[name].expand_as(p.mean).flatten(1), memory / float(bits[coded].mean()))
+                self.prior[name] = prior * torch.where(coded, factor, 1.0).reshape(prior.shape)
 
     @torch.no_grad()
     def unshrink(self) -> None:
@@ -230,7 +254,12 @@ class Reconstruction:
         p, layer = posteriors(self.model)[name], self.float.get_submodule(module)
         if p.mean.dim() == 1:
             p.mean.add_((self.moments[module][0] - self._output_moments(module)[0]).to(p.mean))
-            _match(p, (self.lam / self.output[module]).to(p.mean), kl_bits)
+            precision = (self.lam / self.output[module]).to(p.mean)
+            if kl_bits is not None:  # what it makes up for may be larger than what it was
+                prior = p.mean.square().mean() + _LEAST
+                factor = _widening(p.mean.square()[None] / prior, precision[None], self.memory * len(p.mean) / max(kl_bits, 1.0))
+                p.freeze_prior((factor * prior).sqrt())
+            _match(p, precision, kl_bits)
             return
         trained = measure.parts(layer, self.trained[name])
         h, c = self._products(module, centred=self._has_bias(module))
@@ -238,7 +267,8 @@ class Reconstruction:
         damping = torch.diag_embed(_DAMPING * variance + _FLOOR * variance.mean(1, keepdim=True) + _LEAST)
         h, c = h + damping, c + damping
         precision = (self.lam / self.output[module]).reshape(measure.groups(layer), -1, 1)
-        ridge = float(self._prior_ridge(p, layer, precision).median())
+        coded = ~measure.parts(layer, p.fixed.to(p.mean)).bool()  # a dropped unit's prior is next to nothing
+        ridge = float(self._prior_ridge(p, layer, precision)[coded].median()) if coded.any() else 0.0
         inverse = _inverse_diagonal(h + ridge * torch.eye(h.shape[1], dtype=h.dtype, device=h.device))
         worth = (inverse.reciprocal() - ridge).clamp_min(_LEAST)[:, None, :]
         self._regressions = {name: _Regression(h, trained @ c, precision, worth)}
@@ -333,6 +363,26 @@ def _largest_variance(p: Posterior, weights: Tensor, *, corrected: bool) -> Tens
     return torch.maximum(factor * square, (largest / farthest).square()).clamp_min(_LEAST)
 
 
+def _widening(size: Tensor, worth: Tensor, together: float) -> Tensor:
+    """What the candidates' variance should be, for each row of weights, over that of the weights.
+
+    Where n weights are chosen together among candidates from N(0, a p), their density near the weights z falls as
+    a^(-n/2) exp(-sum z^2 / 2 a p), and the squared distance of the nearest one grows as the density's power -2/n: for a weight as
+    a exp(z^2 / n a p), times exp(1 / n a) for each other of usual size. For one Gaussian weight alone a = 3 is best (Panter and Dite
+    1951), for many 1; weights far out ask for more.
+
+    Args:
+        size: z^2 / p, `[rows, weights]`.
+        worth: of their squared errors, likewise.
+        together: n.
+    """
+    n = max(together, 1.0)
+    worth = worth / (worth.sum(1, keepdim=True) + _LEAST)
+    factors = torch.logspace(math.log2(_LEAST_WIDENING), math.log2(_LARGEST_WIDENING), _WIDENINGS, base=2.0).to(size)
+    errors = [math.log(a) + (n - 1.0) / (n * a) + torch.logsumexp(size / (n * a) + (worth + _LEAST).log(), 1) for a in factors.tolist()]
+    return factors[torch.stack(errors).argmin(0)]
+
+
 def _share_of_means(p: Posterior) -> Tensor:
     """Mean square of the means over the prior's variance, `[units]`."""
     assert p.prior_std is not None
@@ -425,7 +475,7 @@ def _match(p: Posterior, precision: Tensor, kl_bits: float | None) -> None:
         var = 1.0 / (factor * own + 1.0 / own_prior)
         return float(_kl_nats(square, var, own_prior).sum())
 
-    low, high = 1e-3, 1e3
+    low, high = 1e-6, 1e6
     while high / low > 1.001:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if kl(middle) > wanted else (middle, high)

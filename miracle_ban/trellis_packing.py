@@ -192,6 +192,10 @@ class TrellisPacking(Packing):
         kl_bits = self.efficiency * (rate.bits - rate.bits_before(step))
         p = self.posterior[number]
         (self.reconstruction.update if step else self.reconstruction.begin)(p.name, kl_bits)
+        if not step and p.mean.dim() == 1:
+            assert p.prior_std is not None
+            codes = self.archive.records[number].prior_codes = prior_code(p.prior_std.flatten().cpu().numpy())
+            p.freeze_prior(torch.from_numpy(prior_std(codes)).reshape(p.prior_std.shape))
         distributed.synchronise([p.mean, p.log_std])
 
     def _rescale_if_coded(self, number: int, pieces: list[Piece]) -> None:

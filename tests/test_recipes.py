@@ -120,6 +120,16 @@ def test_resnet_recipe_writes_a_file_that_a_fresh_process_decodes_to_the_reporte
     assert checked == {k: line[k] for k in ("top1", "agreement", "float_top1", "score_error", "sha256_weights")}
 
 
+def test_vgg_recipe_trains_hardens_and_packages_a_network(tmp_path):
+    make_cifar10(tmp_path / "data")
+    words = ("--smoke", "--data", tmp_path / "data", "--work", tmp_path)
+    line = json.loads(run_recipe("vgg_cifar10.py", *words, "--epochs", "1", "--float-epochs", "1", "--budget", "9kB").splitlines()[-1])
+    file = tmp_path / line["file"]
+    assert 8_700 < file.stat().st_size == line["bytes"] <= line["budget"] == 9_000
+    checked = json.loads(run_recipe("vgg_cifar10.py", *words, "--check", file))
+    assert checked == {k: line[k] for k in ("top1", "sha256_weights")}
+
+
 def test_coverage_recipe_tries_a_network():
     line = json.loads(run_recipe("coverage.py", "--smoke", "gru"))
     assert line["same_outputs"]

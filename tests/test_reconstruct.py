@@ -20,7 +20,8 @@ from miracle_ban.errors import MiracleError, MiracleWarning
 from miracle_ban.inputs import batches_of, made_for
 from miracle_ban.layers import posteriors, use_mode
 from miracle_ban.measure import joined, parts, rows
-from miracle_ban.reconstruct import _SAMPLE, Reconstruction, _conjugate_gradients, _inverse_diagonal
+from miracle_ban.plan import freeze_priors
+from miracle_ban.reconstruct import _SAMPLE, Reconstruction, _conjugate_gradients, _inverse_diagonal, _widening
 
 
 class Normed(nn.Module):
@@ -140,6 +141,45 @@ def test_units_get_the_shares_that_they_were_hardened_with(normed):
     before = float(posteriors(bnn)["a.weight"].kl()) / NATS_PER_BIT
     found.begin("a.weight", before)
     assert float(posteriors(bnn)["a.weight"].kl()) / NATS_PER_BIT == pytest.approx(before, rel=0.02)
+
+
+def test_layers_most_of_whose_units_are_dropped_spend_their_bits(normed):
+    """What a weight is worth is not taken from the priors of dropped units, which are next to nothing."""
+    noise = {name: torch.full(p.shape[:2], 0.1) for name, p in normed.named_parameters() if p.dim() > 1}
+    noise["a.weight"][:6] = 1600.0
+    bnn = convert(normed, per_unit=True)
+    found = Reconstruction(bnn, [images(64)], noise)
+    wanted = sum(float(torch.log2(1 + 1 / v).mean()) / 2 * normed.get_parameter(name).numel() for name, v in noise.items())
+    found.plan(wanted + 8 * sum(p.numel() for p in bnn.parameters() if p.dim() == 1))
+    freeze_priors(bnn)
+    p = posteriors(bnn)["a.weight"]
+    assert int(p.fixed.flatten(1).all(1).sum()) == 6
+    found.begin("a.weight", 100.0)
+    assert float(p.kl()) / NATS_PER_BIT == pytest.approx(100.0, rel=0.02)
+    assert float((p.log_std.exp() / p.prior_std)[6:].max()) < 0.9
+
+
+def test_biases_that_make_up_for_much_get_a_prior_to_match(normed):
+    bnn = convert(normed, per_unit=True)
+    found = Reconstruction(bnn, [images(64)])
+    found.plan(3000.0)
+    freeze_priors(bnn)
+    p = posteriors(bnn)["na.bias"]
+    before = float(p.prior_std)
+    posteriors(bnn)["a.weight"].mean.data.mul_(20.0)  # so that the outputs move far
+    found.begin("na.bias", 60.0)
+    assert float(p.mean.abs().max()) > 5.0 * before
+    assert 1.0 < float(p.prior_std / p.mean.square().mean().sqrt()) < 2.5
+    assert float(p.kl()) / NATS_PER_BIT == pytest.approx(60.0, rel=0.02)
+
+
+@pytest.mark.parametrize(("together", "least", "most"), [(1.0, 2.6, 3.5), (4.0, 1.2, 1.7), (100.0, 0.9, 1.1)])
+def test_candidates_are_as_wide_as_the_code_is_short(together, least, most):
+    """Three times the variance for one Gaussian weight alone (Panter and Dite 1951), no more than it for many together."""
+    size = torch.randn(1, 200_000, generator=torch.Generator().manual_seed(0)).square()
+    assert least < float(_widening(size, torch.ones_like(size), together)) < most
+    tailed = torch.cat([0.6 * size[:, :1000], torch.full((1, 10), 25.0)], 1)
+    assert float(_widening(tailed, torch.ones_like(tailed), together)) >= float(_widening(size, torch.ones_like(size), together))
 
 
 def test_layers_and_units_that_are_zero_get_no_bits(normed):
