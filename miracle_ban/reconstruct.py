@@ -13,7 +13,7 @@ here with the prior's ridge in H), less than H_ii; so the variances are 1 / (pre
 weights can repair each other gets fewer bits.
 Least squares from inputs that carry much noise shrink a layer's outputs, and layer after layer that adds up. So where there are few
 bits a weight each unit is scaled, once its layer is coded, until its outputs vary as they did in the float network (`gains`).
-Leans on `measure`, `layers`, `convert` and torch.
+Leans on `priors`, `measure`, `plan`, `layers`, `convert` and torch.
 """
 
 from __future__ import annotations
@@ -33,11 +33,8 @@ from .bits import NATS_PER_BIT
 from .convert import conversion
 from .layers import Posterior, posteriors
 from .plan import DROP_BELOW_BITS
+from .priors import LEAST, SAMPLE, WIDER, Sampled, match_kl, prior_under, set_posterior, share_of_means, widening
 
-_PRIOR = 1.5  # variance of the prior over that of the weights: the corrections make them larger
-_FARTHEST, _FARTHEST_ELSEWHERE = 5.0, 3.3  # prior stds that a weight may be away from zero, in corrected layers and in other tensors
-_LARGEST_RATIO = 0.999  # noise over variance
-_LEAST = 1e-12
 _ROUNDING = 1e-6  # variance over mean square
 # bits a weight; by hand: at 0.75 scaling took a ResNet-56 from 86.6 to 91.9 %, at 1.2 a ResNet-20's score error rose by a fifth
 _SCALED_BELOW = 0.9
@@ -48,10 +45,7 @@ _LEAST_NOISE = 1e-4  # of a unit, relative to the mean of its layer's
 _LEAST_CHANNEL = 0.01  # variance that an output channel is taken to have, relative to the mean of its layer's
 _TYPICAL_INPUTS = 256.0  # of a layer, where no layer was seen
 _FIRST_STEPS, _STEPS = 30, 8  # of conjugate gradients: from the trained weights, from the solution before
-_FIXED_POINT_STEPS = 30
 _MEMORY = 16.0  # bits
-_LEAST_WIDENING, _LARGEST_WIDENING, _WIDENINGS = 0.75, 8.0, 36  # of a prior's variance
-_SAMPLE = 1 << 16  # weights that the KL of a tensor is estimated on
 
 
 @dataclass
@@ -100,14 +94,14 @@ class Reconstruction:
 
         corrected = {name: name in self.owner and p.mean.dim() > 1 for name, p in held.items()}
         sampled = {
-            name: _Sampled(p, self.trained[name], self._precision[name], self.prior.get(name), corrected=corrected[name])
-            for name, p in held.items() if p.mean.numel() > _SAMPLE
+            name: Sampled(p, self.trained[name], self._precision[name], self.prior.get(name), corrected=corrected[name])
+            for name, p in held.items() if p.mean.numel() > SAMPLE
         }  # fmt: skip
         small = [name for name in held if name not in sampled]
 
         def put(lam: float, names: Iterable[str]) -> None:
             for name in names:
-                _set(held[name], self.trained[name], lam * self._precision[name], self.prior.get(name), corrected=corrected[name])
+                set_posterior(held[name], self.trained[name], lam * self._precision[name], self.prior.get(name), corrected=corrected[name])
 
         def spent(lam: float) -> float:
             put(lam, small)
@@ -138,7 +132,7 @@ class Reconstruction:
         if self.noise:
             self._widen(memory)
             self.allocate(kl_bits)
-            self.most = {name: _PRIOR * _share_of_means(posteriors(self.model)[name]) for name in self.prior}
+            self.most = {name: WIDER * share_of_means(posteriors(self.model)[name]) for name in self.prior}
         if self.noise or not rehearsed:
             self.kl_bits = {name: float(p.kl()) / NATS_PER_BIT for name, p in posteriors(self.model).items()}
             return
@@ -148,7 +142,7 @@ class Reconstruction:
         part = {}
         for name, p in posteriors(self.model).items():
             self.begin(name, None)
-            part[name] = min(float(p.kl()) / max(before[name], _LEAST), _LARGEST_PART_OF_KL)
+            part[name] = min(float(p.kl()) / max(before[name], LEAST), _LARGEST_PART_OF_KL)
             noise = torch.randn(p.mean.shape, generator=generator, dtype=torch.float32, device="cpu").to(p.mean)
             p.fix(torch.arange(p.mean.numel(), device=p.mean.device), (p.mean + p.log_std.exp() * noise).flatten())
             gains = self.gains(name)
@@ -166,7 +160,7 @@ class Reconstruction:
             coded = bits > DROP_BELOW_BITS
             if coded.any():
                 size = ((p.mean.square() + (2.0 * p.log_std).exp()) / prior).flatten(1)
-                factor = _widening(size, self._precision[name].expand_as(p.mean).flatten(1), memory / float(bits[coded].mean()))
+                factor = widening(size, self._precision[name].expand_as(p.mean).flatten(1), memory / float(bits[coded].mean()))
                 self.prior[name] = prior * torch.where(coded, factor, 1.0).reshape(prior.shape)
 
     @torch.no_grad()
@@ -188,7 +182,7 @@ class Reconstruction:
             if layer < _ROUNDING * mean.square().mean():  # always the same outputs
                 channels = mean.square()
                 layer = channels.mean()
-            layer = layer.clamp_min(_LEAST)
+            layer = layer.clamp_min(LEAST)
             self.output[measured] = layer * (channels / layer).clamp_min(_LEAST_CHANNEL).sqrt()
         held = {name: p for name, p in posteriors(self.model).items() if p.mean.numel()}
         logs = [(p.mean.numel(), math.log(p.mean[0].numel())) for name, p in held.items() if name in self.owner and p.mean.dim() > 1]
@@ -200,14 +194,14 @@ class Reconstruction:
             matrix, module = p.mean.dim() > 1, self.owner.get(name)
             if module is None:
                 share = typical if matrix else 1.0  # of noise: as in a layer of typical size, or in a bias
-                found[name] = 1.0 / (share * p.mean.detach().square().mean() + _LEAST)
+                found[name] = 1.0 / (share * p.mean.detach().square().mean() + LEAST)
             elif not matrix:
                 found[name] = self.output[module].reciprocal().to(p.mean)
             else:
                 variance = self._input_variance(name, inputs[module][1])
                 precision = variance / self.output[module][:, None]
                 if name in self.noise:
-                    self.prior[name], precision = _prior_under(self._own_noise(name), self.trained[name])
+                    self.prior[name], precision = prior_under(self._own_noise(name), self.trained[name])
                 found[name] = precision.reshape(*variance.shape, *[1] * (p.mean.dim() - 2))
             if matrix:
                 found[name] = found[name] * self.trained[name].flatten(1).any(1).reshape(-1, *[1] * (p.mean.dim() - 1))  # none to zeros
@@ -216,7 +210,7 @@ class Reconstruction:
     def _input_variance(self, name: str, by_channel: Tensor) -> Tensor:
         """Damped variance of what each weight of a layer is multiplied with, the same for all places of a kernel: `[rows, channels]`."""
         variance = by_channel.reshape(measure.groups(self.float.get_submodule(self.owner[name])), -1)
-        variance = variance + _DAMPING * variance.mean(1, keepdim=True) + _LEAST
+        variance = variance + _DAMPING * variance.mean(1, keepdim=True) + LEAST
         return variance.repeat_interleave(len(self.trained[name]) // len(variance), 0)
 
     def _own_noise(self, name: str) -> Tensor:
@@ -234,7 +228,7 @@ class Reconstruction:
         for name in self.noise:
             module, weights = self.owner.get(name), self.trained.get(name)
             if module is not None and weights is not None and weights.dim() > 1 and weights.any():
-                noise = (self._own_noise(name) * self._input_variance(name, inputs[module][1]) + _LEAST).log().mean(1).exp()
+                noise = (self._own_noise(name) * self._input_variance(name, inputs[module][1]) + LEAST).log().mean(1).exp()
                 less[module] = float((noise.sum() / self.output[module].sum()).log())
                 silent = ~weights.flatten(1).any(1)
                 noise = torch.where(silent, noise[~silent].mean(), noise)
@@ -256,25 +250,25 @@ class Reconstruction:
             p.mean.add_((self.moments[module][0] - self._output_moments(module)[0]).to(p.mean))
             precision = (self.lam / self.output[module]).to(p.mean)
             if kl_bits is not None:  # what it makes up for may be larger than what it was
-                prior = p.mean.square().mean() + _LEAST
-                factor = _widening(p.mean.square()[None] / prior, precision[None], self.memory * len(p.mean) / max(kl_bits, 1.0))
+                prior = p.mean.square().mean() + LEAST
+                factor = widening(p.mean.square()[None] / prior, precision[None], self.memory * len(p.mean) / max(kl_bits, 1.0))
                 p.freeze_prior((factor * prior).sqrt())
-            _match(p, precision, kl_bits)
+            match_kl(p, precision, kl_bits)
             return
         trained = measure.parts(layer, self.trained[name])
         h, c = self._products(module, centred=self._has_bias(module))
         variance = h.diagonal(dim1=1, dim2=2)
-        damping = torch.diag_embed(_DAMPING * variance + _FLOOR * variance.mean(1, keepdim=True) + _LEAST)
+        damping = torch.diag_embed(_DAMPING * variance + _FLOOR * variance.mean(1, keepdim=True) + LEAST)
         h, c = h + damping, c + damping
         precision = (self.lam / self.output[module]).reshape(measure.groups(layer), -1, 1)
         coded = ~measure.parts(layer, p.fixed.to(p.mean)).bool()  # a dropped unit's prior is next to nothing
         ridge = float(self._prior_ridge(p, layer, precision)[coded].median()) if coded.any() else 0.0
         inverse = _inverse_diagonal(h + ridge * torch.eye(h.shape[1], dtype=h.dtype, device=h.device))
-        worth = (inverse.reciprocal() - ridge).clamp_min(_LEAST)[:, None, :]
+        worth = (inverse.reciprocal() - ridge).clamp_min(LEAST)[:, None, :]
         self._regressions = {name: _Regression(h, trained @ c, precision, worth)}
         self._solve(name, kl_bits, _FIRST_STEPS)
         if name in self.most:  # a unit whose means became too large for its bits is coded smaller; `gains` makes it larger again
-            factor = (self.most[name] / (_share_of_means(p) + _LEAST)).sqrt().clamp_max(1.0).reshape(-1, *[1] * (p.mean.dim() - 1))
+            factor = (self.most[name] / (share_of_means(p) + LEAST)).sqrt().clamp_max(1.0).reshape(-1, *[1] * (p.mean.dim() - 1))
             self._regressions[name].goal.mul_(measure.parts(layer, factor.expand_as(p.mean)))
             p.mean.mul_(torch.where(p.fixed, 1.0, factor))
             self._solve(name, kl_bits, _STEPS)
@@ -293,7 +287,7 @@ class Reconstruction:
         mean = _conjugate_gradients(lambda m: (m @ r.h + ridge * m) * free, (r.goal - fixed @ r.h) * free, mean,
                                     r.h.diagonal(dim1=1, dim2=2)[:, None, :] + ridge, steps)  # fmt: skip
         p.mean.copy_(torch.where(p.fixed, p.mean, measure.joined(layer, mean, p.mean.shape)))
-        _match(p, measure.joined(layer, (r.precision * r.worth).expand_as(mean), p.mean.shape), kl_bits)
+        match_kl(p, measure.joined(layer, (r.precision * r.worth).expand_as(mean), p.mean.shape), kl_bits)
 
     @staticmethod
     def _prior_ridge(p: Posterior, layer: nn.Module, precision: Tensor) -> Tensor:
@@ -332,7 +326,7 @@ class Reconstruction:
             return None
         wanted, found = self.moments[module][1], self._output_moments(module)[1]
         largest = _LARGEST_GAIN_HARDENED if self.noise else _LARGEST_GAIN
-        return ((wanted + _LEAST) / (found + _LEAST)).sqrt().clamp(1.0 / largest, largest)
+        return ((wanted + LEAST) / (found + LEAST)).sqrt().clamp(1.0 / largest, largest)
 
     def _output_moments(self, module: str) -> tuple[Tensor, Tensor]:
         """Mean and variance of a module's outputs in the network as it is coded so far, by channel."""
@@ -352,134 +346,6 @@ def _owners(model: nn.Module) -> dict[str, str]:
             fits = {"weight": isinstance(module, measure.SOLVED), "bias": channels}.get(own, False)
             found.setdefault(str(p.name), []).append(module_name if fits else "")
     return {name: modules[0] for name, modules in found.items() if len(modules) == 1 and modules[0]}
-
-
-def _largest_variance(p: Posterior, weights: Tensor, *, corrected: bool) -> Tensor:
-    """Of the prior of each group of weights, if they carried no noise."""
-    rows = weights.flatten(1) if p.per_unit else weights.reshape(1, -1)
-    shape = _group_shape(p, weights)
-    square, largest = rows.square().mean(1).reshape(shape), rows.abs().amax(1).reshape(shape)
-    factor, farthest = (_PRIOR, _FARTHEST) if corrected else (1.0, _FARTHEST_ELSEWHERE)
-    return torch.maximum(factor * square, (largest / farthest).square()).clamp_min(_LEAST)
-
-
-def _widening(size: Tensor, worth: Tensor, together: float) -> Tensor:
-    """What the candidates' variance should be, for each row of weights, over that of the weights.
-
-    Where n weights are chosen together among candidates from N(0, a p), their density near the weights z falls as
-    a^(-n/2) exp(-sum z^2 / 2 a p), and the squared distance of the nearest one grows as the density's power -2/n: for a weight as
-    a exp(z^2 / n a p), times exp(1 / n a) for each other of usual size. For one Gaussian weight alone a = 3 is best (Panter and Dite
-    1951), for many 1; weights far out ask for more.
-
-    Args:
-        size: z^2 / p, `[rows, weights]`.
-        worth: of their squared errors, likewise.
-        together: n.
-    """
-    n = max(together, 1.0)
-    worth = worth / (worth.sum(1, keepdim=True) + _LEAST)
-    factors = torch.logspace(math.log2(_LEAST_WIDENING), math.log2(_LARGEST_WIDENING), _WIDENINGS, base=2.0).to(size)
-    errors = [math.log(a) + (n - 1.0) / (n * a) + torch.logsumexp(size / (n * a) + (worth + _LEAST).log(), 1) for a in factors.tolist()]
-    return factors[torch.stack(errors).argmin(0)]
-
-
-def _share_of_means(p: Posterior) -> Tensor:
-    """Mean square of the means over the prior's variance, `[units]`."""
-    assert p.prior_std is not None
-    return (p.mean / p.prior_std).square().flatten(1).mean(1)
-
-
-def _group_shape(p: Posterior, weights: Tensor) -> list[int]:
-    return [-1 if p.per_unit else 1, *[1] * weights.dim()][: weights.dim()]
-
-
-def _mean_noise(p: Posterior, weights: Tensor, precision: Tensor) -> Tensor:
-    """Mean of 1 / `precision` over each group of weights."""
-    noise = precision.reciprocal().expand_as(weights)
-    return (noise.flatten(1).mean(1) if p.per_unit else noise.mean()).reshape(_group_shape(p, weights))
-
-
-def _prior_and_variance(largest: Tensor, noise: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances of prior and posterior."""
-    prior = largest * (1.0 - (noise / largest).clamp(1e-12, _LARGEST_RATIO))
-    return prior, 1.0 / (precision + 1.0 / prior)
-
-
-def _prior_under(noise: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Prior variance by unit, `[units, 1, ...]`, and precision of the likelihood, `[units, inputs]`, if weights get this noise each.
-
-    Draws w + e have the variance p = mean(w^2 + v), v = min(noise, p), which is that of the prior; 1 / v = precision + 1 / p.
-    """
-    square = weights.square().reshape(*noise.shape, -1).mean(2)
-    prior = square.mean(1, keepdim=True) + _LEAST
-    for _ in range(_FIXED_POINT_STEPS):
-        prior = (square + torch.minimum(noise, prior)).mean(1, keepdim=True) + _LEAST
-    precision = 1.0 / torch.minimum(noise + _LEAST, _LARGEST_RATIO * prior) - 1.0 / prior
-    return prior.reshape(-1, *[1] * (weights.dim() - 1)), precision
-
-
-def _kl_nats(square: Tensor, var: Tensor, prior: Tensor) -> Tensor:
-    """KL of each weight, from the square of its mean."""
-    return 0.5 * ((var + square) / prior - 1.0 + (prior / var).log())
-
-
-@torch.no_grad()
-def _set(p: Posterior, weights: Tensor, precision: Tensor, prior: Tensor | None, *, corrected: bool) -> None:
-    """Posterior of one tensor, where noise of variance 1 / `precision` may be added to each weight, and its prior unless that is given."""
-    if prior is None:
-        variance = _largest_variance(p, weights, corrected=corrected)
-        prior, var = _prior_and_variance(variance, _mean_noise(p, weights, precision), precision)
-    else:
-        var = 1.0 / (precision + 1.0 / prior)
-    p.mean.copy_(weights * (1.0 - var / prior))
-    p.log_std.copy_((0.5 * var.log()).expand_as(weights))
-    p.freeze_prior(prior.sqrt())
-
-
-class _Sampled:
-    """The KL that `_set` would give a large tensor, estimated from some of its weights."""
-
-    def __init__(self, p: Posterior, weights: Tensor, precision: Tensor, prior: Tensor | None, *, corrected: bool):
-        generator = torch.Generator().manual_seed(0)
-        some = torch.randint(weights.numel(), (_SAMPLE,), generator=generator, device="cpu").to(weights.device)
-        at = torch.unravel_index(some, weights.shape)
-        variance, noise = _largest_variance(p, weights, corrected=corrected), _mean_noise(p, weights, precision)
-        found = [v.expand_as(weights)[at].double() for v in (weights, precision, variance, noise)]
-        self.prior = None if prior is None else prior.expand_as(weights)[at].double()
-        self.weights, self.precision, self.variance, self.noise = found
-        self.share = _SAMPLE / weights.numel()
-
-    def kl(self, lam: float) -> float:
-        """Nats, at `lam` times the precision."""
-        if self.prior is None:
-            prior, var = _prior_and_variance(self.variance, self.noise / lam, lam * self.precision)
-        else:
-            prior, var = self.prior, 1.0 / (lam * self.precision + 1.0 / self.prior)
-        return float(_kl_nats((self.weights * (1.0 - var / prior)).square(), var, prior).sum()) / self.share
-
-
-def _match(p: Posterior, precision: Tensor, kl_bits: float | None) -> None:
-    """Set the standard deviations by `precision`, times a common factor that makes the KL of the free weights `kl_bits`."""
-    assert p.prior_std is not None
-    prior = p.prior_std.square().expand_as(p.mean)
-    precision = precision.expand_as(p.mean)
-    free = torch.nonzero(~p.fixed.flatten()).squeeze(1)
-    if not len(free) or kl_bits is None:
-        p.log_std.copy_(-0.5 * (precision + 1.0 / prior).log())
-        return
-    some = free[:: -(-len(free) // _SAMPLE)]
-    square, own_prior, own = (v.flatten()[some].double() for v in (p.mean.square(), prior, precision))
-    wanted = kl_bits * NATS_PER_BIT * len(some) / len(free)
-
-    def kl(factor: float) -> float:
-        var = 1.0 / (factor * own + 1.0 / own_prior)
-        return float(_kl_nats(square, var, own_prior).sum())
-
-    low, high = 1e-6, 1e6
-    while high / low > 1.001:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if kl(middle) > wanted else (middle, high)
-    p.log_std.copy_(-0.5 * (low * precision + 1.0 / prior).log())
 
 
 def _conjugate_gradients(apply: Callable[[Tensor], Tensor], goal: Tensor, x: Tensor, diagonal: Tensor, steps: int) -> Tensor:

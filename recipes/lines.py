@@ -25,6 +25,12 @@ NNCODEC = {  # bytes, top-1 and agreement with the float network on the same 5,0
     20: ((159_933, 91.44, 98.7), (128_829, 91.06, 97.2), (123_911, 91.32, 97.3), (95_675, 90.04, 94.8), (72_845, 88.08, 91.1)),
     56: ((424_289, 93.00, 99.0), (331_265, 92.34, 97.5), (264_891, 92.72, 96.7), (243_861, 92.10, 96.4), (186_909, 89.28, 92.7)),
 }
+VGG_BYTES = 58_929_960  # as float32, with the statistics of BatchNorms
+VGG_PUBLISHED = (  # bytes, error in percent on all test images, what
+    (168_400, 10.0, "MIRACLE (Havasi et al. 2019), indices, and the BatchNorms that it does not count"),
+    (101_000, 10.0, "entropy-penalised reparameterisation (Oktay et al. 2020)"),
+    (76_000, 10.0, "LilNetX (Girish et al. 2023)"),
+)
 LEVEL_NAMES = {"weights": "the weights alone", "inputs": "1,024 images without labels", "data": "the training set"}
 
 
@@ -59,6 +65,12 @@ def resnet_groups(depth: int) -> dict[tuple[str, int], list[dict[str, Any]]]:
     for line in sorted(latest.values(), key=lambda v: (list(LEVEL_NAMES).index(v["level"]), -v["budget"], v["seed"])):
         groups.setdefault((line["level"], line["budget"]), []).append(line)
     return groups
+
+
+def vgg_runs() -> list[dict[str, Any]]:
+    """Result lines of VGG-16, largest first; of runs repeated with the same command the latest counts."""
+    latest = {v["command"]: v for v in read_results("vgg_cifar10")}
+    return sorted(latest.values(), key=lambda v: (-v["budget"], v["seed"]))
 
 
 def inr_runs(task: str) -> list[dict[str, Any]]:

@@ -28,10 +28,13 @@ from lines import (
     RECOMBINER,
     RESNETS,
     TOP,
+    VGG_BYTES,
+    VGG_PUBLISHED,
     inr_runs,
     lenet_groups,
     read_results,
     resnet_groups,
+    vgg_runs,
 )
 
 
@@ -69,6 +72,8 @@ def overview() -> str:
          "MIRACLE: 1,552 B of indices, 0.96 %"),
         ("resnet_cifar10", resnet["command"].partition(".py ")[2], resnet["seconds"],
          f"ResNet-20 in {resnet['bytes']:,} B, top-1 {resnet['top1'] - resnet['float_top1']:+.2f}", "NNCodec: 123,911 B, top-1 -0.16"),
+        ("vgg_cifar10", "--budget 70kB --device cuda", None,
+         *(f"{v['bytes']:,} B, {100 - v['top1']:.2f} %" for v in vgg_runs()[:1]), "LilNetX: 76 kB, 10.0 %"),
         ("ban_contexts", next(v["command"].partition(".py ")[2] for v in contexts.values() if v["task"] == "digits"), digits_seconds,
          f"{100 * sum(special) / len(special):.0f} % of the general package's bytes on average of {len(special)} sets of digits", ""),
         ("ban_text", "train --attention on", text_seconds, f"{bits_per_byte('coded_bytes'):.3f} bits a byte, "
@@ -161,6 +166,16 @@ def resnet_table() -> str:
         rows += [f"| NNCodec 2.1.3 (the MPEG standard), without data | {b:,} | {top1:.2f} | {a:.1f} |" for b, top1, a in NNCODEC[depth]]
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
+
+
+def vgg_table() -> str:
+    """VGG-16: our files beside what is published."""
+    rows = [f"| VGG-16 on CIFAR-10, {VGG_BYTES:,} bytes as float32 | file, bytes | ratio | test error, % |", "|---|---|---|---|"]
+    found = [(v["bytes"], 100 - v["top1"], "**miracle_ban**") for v in vgg_runs()]
+    for size, error, what in [*found, *VGG_PUBLISHED]:
+        bold = "**" if what.startswith("**") else ""
+        rows.append(f"| {what} | {bold}{size:,}{bold} | {VGG_BYTES / size:,.0f} | {bold}{error:.{2 if bold else 1}f}{bold} |")
+    return "\n".join(rows)
 
 
 def coverage_table() -> str:
@@ -398,6 +413,9 @@ def keep(folder: Path) -> None:
             best = max(lines, key=lambda v: v["validation_top1"])
             name = f"resnet{depth}-cifar10-{level}-{budget}.mban"
             _keep(folder, best, name, cards, "top-1 on the first 5,000 test images, percent", best["top1"], ("agreement", "float_top1"))
+    for v in vgg_runs():
+        name = f"vgg16-cifar10-{v['budget']}.mban"
+        _keep(folder, v, name, cards, "top-1 on the first 5,000 test images, percent", v["top1"], ())
     for v in read_results("ban_contexts"):
         if v["kind"] != "rival" and v.get("reached", True):
             name = f"lenet5-{v['task']}-{v['kind'].replace(', ', '-')}-{v['context'].replace(' ', '')}.mban"
@@ -453,6 +471,7 @@ def main() -> None:
     replace_section(TOP / "pretrained" / "README.md", "cards", cards_table())
     lenet_plot(TOP / "recipes" / "results" / "lenet5_mnist.png")
     replace_section(TOP / "README.md", "resnets", resnet_table())
+    replace_section(TOP / "README.md", "vgg", vgg_table())
     replace_section(TOP / "README.md", "coders", coder_table())
     replace_section(TOP / "recipes" / "README.md", "recipes", overview())
     replace_section(TOP / "recipes" / "README.md", "coverage", coverage_table())

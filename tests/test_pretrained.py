@@ -24,6 +24,7 @@ def network(card: dict) -> torch.nn.Module:
         from ban_text import Predictor
         from lenet5_mnist import NETWORKS, LeNet5
         from resnet_cifar10 import ResNet
+        from vgg_cifar10 import VGG
     finally:
         sys.path.pop(0)
     task = card["task"].partition(" ")[0]
@@ -31,6 +32,8 @@ def network(card: dict) -> torch.nn.Module:
         return Predictor(card["task"].endswith("on"))
     if task in ("digits", "domains"):
         return LeNet5(10 if task == "digits" else 20)
+    if task == "VGG-16":
+        return VGG()
     lenets = dict(NETWORKS.values())
     return lenets[task]() if task in lenets else ResNet(int(task.removeprefix("ResNet-")))
 

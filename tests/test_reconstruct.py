@@ -21,7 +21,8 @@ from miracle_ban.inputs import batches_of, made_for
 from miracle_ban.layers import posteriors, use_mode
 from miracle_ban.measure import joined, parts, rows
 from miracle_ban.plan import freeze_priors
-from miracle_ban.reconstruct import _SAMPLE, Reconstruction, _conjugate_gradients, _inverse_diagonal, _widening
+from miracle_ban.priors import SAMPLE, widening
+from miracle_ban.reconstruct import Reconstruction, _conjugate_gradients, _inverse_diagonal
 
 
 class Normed(nn.Module):
@@ -177,9 +178,9 @@ def test_biases_that_make_up_for_much_get_a_prior_to_match(normed):
 def test_candidates_are_as_wide_as_the_code_is_short(together, least, most):
     """Three times the variance for one Gaussian weight alone (Panter and Dite 1951), no more than it for many together."""
     size = torch.randn(1, 200_000, generator=torch.Generator().manual_seed(0)).square()
-    assert least < float(_widening(size, torch.ones_like(size), together)) < most
+    assert least < float(widening(size, torch.ones_like(size), together)) < most
     tailed = torch.cat([0.6 * size[:, :1000], torch.full((1, 10), 25.0)], 1)
-    assert float(_widening(tailed, torch.ones_like(tailed), together)) >= float(_widening(size, torch.ones_like(size), together))
+    assert float(widening(tailed, torch.ones_like(tailed), together)) >= float(widening(size, torch.ones_like(size), together))
 
 
 def test_layers_and_units_that_are_zero_get_no_bits(normed):
@@ -218,7 +219,7 @@ def test_the_kl_of_large_tensors_is_found_from_a_sample():
     net = nn.Sequential(nn.Linear(64, 1200), nn.ReLU(), nn.Linear(1200, 5))
     with torch.no_grad():
         net[0].weight.mul_(torch.linspace(0.1, 10, 64)).mul_(torch.rand(1200, 1) + 0.1)  # columns and rows of many sizes
-    assert net[0].weight.numel() > _SAMPLE
+    assert net[0].weight.numel() > SAMPLE
     bnn = convert(net, per_unit=True)
     Reconstruction(bnn, [torch.randn(64, 64) * torch.linspace(3, 0.2, 64)]).allocate(50_000.0)
     assert float(kl(bnn)) / NATS_PER_BIT == pytest.approx(50_000.0, rel=0.02)

@@ -1,0 +1,152 @@
+"""What prior and posterior a tensor has, from the noise that its weights may carry.
+
+A weight w that may carry noise of variance 1 / precision beside a prior N(0, s^2) has the posterior of ridge regression, of variance
+1 / (precision + 1 / s^2) and of mean w less the share of its variance that is noise: a code at the rate-distortion bound leaves a
+Gaussian so. Leans on `layers` and torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .bits import NATS_PER_BIT
+from .layers import Posterior
+
+WIDER = 1.5  # variance of the prior over that of the weights: the corrections make them larger
+_FARTHEST, _FARTHEST_ELSEWHERE = 5.0, 3.3  # prior stds that a weight may be away from zero, in corrected layers and in other tensors
+_LARGEST_RATIO = 0.999  # noise over variance
+LEAST = 1e-12
+_FIXED_POINT_STEPS = 30
+_LEAST_WIDENING, _LARGEST_WIDENING, _WIDENINGS = 0.75, 8.0, 36  # of a prior's variance
+SAMPLE = 1 << 16  # weights that the KL of a tensor is estimated on
+
+
+def _largest_variance(p: Posterior, weights: Tensor, *, corrected: bool) -> Tensor:
+    """Of the prior of each group of weights, if they carried no noise."""
+    rows = weights.flatten(1) if p.per_unit else weights.reshape(1, -1)
+    shape = _group_shape(p, weights)
+    square, largest = rows.square().mean(1).reshape(shape), rows.abs().amax(1).reshape(shape)
+    factor, farthest = (WIDER, _FARTHEST) if corrected else (1.0, _FARTHEST_ELSEWHERE)
+    return torch.maximum(factor * square, (largest / farthest).square()).clamp_min(LEAST)
+
+
+def widening(size: Tensor, worth: Tensor, together: float) -> Tensor:
+    """What the candidates' variance should be, for each row of weights, over that of the weights.
+
+    Where n weights are chosen together among candidates from N(0, a p), their density near the weights z falls as
+    a^(-n/2) exp(-sum z^2 / 2 a p), and the squared distance of the nearest one grows as the density's power -2/n: for a weight as
+    a exp(z^2 / n a p), times exp(1 / n a) for each other of usual size. For one Gaussian weight alone a = 3 is best (Panter and Dite
+    1951), for many 1; weights far out ask for more.
+
+    Args:
+        size: z^2 / p, `[rows, weights]`.
+        worth: of their squared errors, likewise.
+        together: n.
+    """
+    n = max(together, 1.0)
+    worth = worth / (worth.sum(1, keepdim=True) + LEAST)
+    factors = torch.logspace(math.log2(_LEAST_WIDENING), math.log2(_LARGEST_WIDENING), _WIDENINGS, base=2.0).to(size)
+    errors = [math.log(a) + (n - 1.0) / (n * a) + torch.logsumexp(size / (n * a) + (worth + LEAST).log(), 1) for a in factors.tolist()]
+    return factors[torch.stack(errors).argmin(0)]
+
+
+def share_of_means(p: Posterior) -> Tensor:
+    """Mean square of the means over the prior's variance, `[units]`."""
+    assert p.prior_std is not None
+    return (p.mean / p.prior_std).square().flatten(1).mean(1)
+
+
+def _group_shape(p: Posterior, weights: Tensor) -> list[int]:
+    return [-1 if p.per_unit else 1, *[1] * weights.dim()][: weights.dim()]
+
+
+def _mean_noise(p: Posterior, weights: Tensor, precision: Tensor) -> Tensor:
+    """Mean of 1 / `precision` over each group of weights."""
+    noise = precision.reciprocal().expand_as(weights)
+    return (noise.flatten(1).mean(1) if p.per_unit else noise.mean()).reshape(_group_shape(p, weights))
+
+
+def _prior_and_variance(largest: Tensor, noise: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances of prior and posterior."""
+    prior = largest * (1.0 - (noise / largest).clamp(1e-12, _LARGEST_RATIO))
+    return prior, 1.0 / (precision + 1.0 / prior)
+
+
+def prior_under(noise: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Prior variance by unit, `[units, 1, ...]`, and precision of the likelihood, `[units, inputs]`, if weights get this noise each.
+
+    Draws w + e have the variance p = mean(w^2 + v), v = min(noise, p), which is that of the prior; 1 / v = precision + 1 / p.
+    """
+    square = weights.square().reshape(*noise.shape, -1).mean(2)
+    prior = square.mean(1, keepdim=True) + LEAST
+    for _ in range(_FIXED_POINT_STEPS):
+        prior = (square + torch.minimum(noise, prior)).mean(1, keepdim=True) + LEAST
+    precision = 1.0 / torch.minimum(noise + LEAST, _LARGEST_RATIO * prior) - 1.0 / prior
+    return prior.reshape(-1, *[1] * (weights.dim() - 1)), precision
+
+
+def _kl_nats(square: Tensor, var: Tensor, prior: Tensor) -> Tensor:
+    """KL of each weight, from the square of its mean."""
+    return 0.5 * ((var + square) / prior - 1.0 + (prior / var).log())
+
+
+@torch.no_grad()
+def set_posterior(p: Posterior, weights: Tensor, precision: Tensor, prior: Tensor | None, *, corrected: bool) -> None:
+    """Posterior of one tensor, where noise of variance 1 / `precision` may be added to each weight, and its prior unless that is given."""
+    if prior is None:
+        variance = _largest_variance(p, weights, corrected=corrected)
+        prior, var = _prior_and_variance(variance, _mean_noise(p, weights, precision), precision)
+    else:
+        var = 1.0 / (precision + 1.0 / prior)
+    p.mean.copy_(weights * (1.0 - var / prior))
+    p.log_std.copy_((0.5 * var.log()).expand_as(weights))
+    p.freeze_prior(prior.sqrt())
+
+
+class Sampled:
+    """The KL that `set_posterior` would give a large tensor, estimated from some of its weights."""
+
+    def __init__(self, p: Posterior, weights: Tensor, precision: Tensor, prior: Tensor | None, *, corrected: bool):
+        generator = torch.Generator().manual_seed(0)
+        some = torch.randint(weights.numel(), (SAMPLE,), generator=generator, device="cpu").to(weights.device)
+        at = torch.unravel_index(some, weights.shape)
+        variance, noise = _largest_variance(p, weights, corrected=corrected), _mean_noise(p, weights, precision)
+        found = [v.expand_as(weights)[at].double() for v in (weights, precision, variance, noise)]
+        self.prior = None if prior is None else prior.expand_as(weights)[at].double()
+        self.weights, self.precision, self.variance, self.noise = found
+        self.share = SAMPLE / weights.numel()
+
+    def kl(self, lam: float) -> float:
+        """Nats, at `lam` times the precision."""
+        if self.prior is None:
+            prior, var = _prior_and_variance(self.variance, self.noise / lam, lam * self.precision)
+        else:
+            prior, var = self.prior, 1.0 / (lam * self.precision + 1.0 / self.prior)
+        return float(_kl_nats((self.weights * (1.0 - var / prior)).square(), var, prior).sum()) / self.share
+
+
+def match_kl(p: Posterior, precision: Tensor, kl_bits: float | None) -> None:
+    """Set the standard deviations by `precision`, times a common factor that makes the KL of the free weights `kl_bits`."""
+    assert p.prior_std is not None
+    prior = p.prior_std.square().expand_as(p.mean)
+    precision = precision.expand_as(p.mean)
+    free = torch.nonzero(~p.fixed.flatten()).squeeze(1)
+    if not len(free) or kl_bits is None:
+        p.log_std.copy_(-0.5 * (precision + 1.0 / prior).log())
+        return
+    some = free[:: -(-len(free) // SAMPLE)]
+    square, own_prior, own = (v.flatten()[some].double() for v in (p.mean.square(), prior, precision))
+    wanted = kl_bits * NATS_PER_BIT * len(some) / len(free)
+
+    def kl(factor: float) -> float:
+        var = 1.0 / (factor * own + 1.0 / own_prior)
+        return float(_kl_nats(square, var, own_prior).sum())
+
+    low, high = 1e-6, 1e6
+    while high / low > 1.001:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if kl(middle) > wanted else (middle, high)
+    p.log_std.copy_(-0.5 * (low * precision + 1.0 / prior).log())
