@@ -20,7 +20,7 @@ _FARTHEST, _FARTHEST_ELSEWHERE = 5.0, 3.3  # prior stds that a weight may be awa
 _LARGEST_RATIO = 0.999  # noise over variance
 LEAST = 1e-12
 _FIXED_POINT_STEPS = 30
-_LEAST_WIDENING, _LARGEST_WIDENING, _WIDENINGS = 0.75, 8.0, 36  # of a prior's variance
+_LEAST_WIDENING, _LARGEST_WIDENING, _WIDENINGS = 0.75, 64.0, 65  # of a prior's variance
 SAMPLE = 1 << 16  # weights that the KL of a tensor is estimated on
 
 
@@ -39,14 +39,15 @@ def widening(size: Tensor, worth: Tensor, together: float) -> Tensor:
     Where n weights are chosen together among candidates from N(0, a p), their density near the weights z falls as
     a^(-n/2) exp(-sum z^2 / 2 a p), and the squared distance of the nearest one grows as the density's power -2/n: for a weight as
     a exp(z^2 / n a p), times exp(1 / n a) for each other of usual size. For one Gaussian weight alone a = 3 is best (Panter and Dite
-    1951), for many 1; weights far out ask for more.
+    1951), for many 1; weights far out ask for more. A code serves those whose errors count, so n is the effective number of these.
 
     Args:
         size: z^2 / p, `[rows, weights]`.
-        worth: of their squared errors, likewise.
-        together: n.
+        worth: of an error of sqrt(p), likewise.
+        together: weights that are chosen together.
     """
-    n = max(together, 1.0)
+    shares = worth / (worth.sum() + LEAST)
+    n = max(together * math.exp(float(torch.special.entr(shares).sum())) / worth.numel(), 1.0)
     worth = worth / (worth.sum(1, keepdim=True) + LEAST)
     factors = torch.logspace(math.log2(_LEAST_WIDENING), math.log2(_LARGEST_WIDENING), _WIDENINGS, base=2.0).to(size)
     errors = [math.log(a) + (n - 1.0) / (n * a) + torch.logsumexp(size / (n * a) + (worth + LEAST).log(), 1) for a in factors.tolist()]

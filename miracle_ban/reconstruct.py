@@ -46,6 +46,7 @@ _LEAST_CHANNEL = 0.01  # variance that an output channel is taken to have, relat
 _TYPICAL_INPUTS = 256.0  # of a layer, where no layer was seen
 _FIRST_STEPS, _STEPS = 30, 8  # of conjugate gradients: from the trained weights, from the solution before
 _MEMORY = 16.0  # bits
+_FEWEST_BITS = 1.0  # a bias, to make up for more than its size; by hand: with fewer a small network got worse
 
 
 @dataclass
@@ -159,9 +160,10 @@ class Reconstruction:
             bits = p.kl_per_weight().flatten(1).mean(1) / NATS_PER_BIT
             coded = bits > DROP_BELOW_BITS
             if coded.any():
-                size = ((p.mean.square() + (2.0 * p.log_std).exp()) / prior).flatten(1)
-                factor = widening(size, self._precision[name].expand_as(p.mean).flatten(1), memory / float(bits[coded].mean()))
-                self.prior[name] = prior * torch.where(coded, factor, 1.0).reshape(prior.shape)
+                size = (p.mean.square() + (2.0 * p.log_std).exp()) / prior
+                worth = (self._precision[name] * prior).expand_as(size)
+                size, worth = size[coded].flatten(1), worth[coded].flatten(1)
+                prior[coded] *= widening(size, worth, memory / float(bits[coded].mean())).reshape(-1, *[1] * (prior.dim() - 1))
 
     @torch.no_grad()
     def unshrink(self) -> None:
@@ -249,10 +251,12 @@ class Reconstruction:
         if p.mean.dim() == 1:
             p.mean.add_((self.moments[module][0] - self._output_moments(module)[0]).to(p.mean))
             precision = (self.lam / self.output[module]).to(p.mean)
-            if kl_bits is not None:  # what it makes up for may be larger than what it was
-                prior = p.mean.square().mean() + LEAST
-                factor = widening(p.mean.square()[None] / prior, precision[None], self.memory * len(p.mean) / max(kl_bits, 1.0))
-                p.freeze_prior((factor * prior).sqrt())
+            if kl_bits is not None and kl_bits > _FEWEST_BITS * len(p.mean):  # what it makes up for may be larger than what it was
+                square = p.mean.square().mean() + LEAST
+                told = -math.expm1(-2.0 * kl_bits * NATS_PER_BIT / len(p.mean))  # of the variance, by that many bits
+                factor = widening(p.mean.square()[None] / square, precision[None], self.memory * len(p.mean) / kl_bits)
+                p.freeze_prior((factor * told * square).sqrt())
+                p.mean.mul_(told)
             match_kl(p, precision, kl_bits)
             return
         trained = measure.parts(layer, self.trained[name])
