@@ -192,11 +192,11 @@ class TrellisPacking(Packing):
         kl_bits = self.efficiency * (rate.bits - rate.bits_before(step))
         p = self.posterior[number]
         (self.reconstruction.update if step else self.reconstruction.begin)(p.name, kl_bits)
-        if not step and p.mean.dim() == 1:
-            assert p.prior_std is not None
+        assert p.prior_std is not None
+        distributed.synchronise([p.mean, p.log_std, p.prior_std])
+        if not step and p.mean.dim() == 1:  # what a bias makes up for may have changed its prior
             codes = self.archive.records[number].prior_codes = prior_code(p.prior_std.flatten().cpu().numpy())
             p.freeze_prior(torch.from_numpy(prior_std(codes)).reshape(p.prior_std.shape))
-        distributed.synchronise([p.mean, p.log_std])
 
     def _rescale_if_coded(self, number: int, pieces: list[Piece]) -> None:
         """Once nothing of a layer is left among `pieces`, bring its units back to their size in the float network by their prior codes."""
