@@ -19,10 +19,10 @@ from .container import RAW_DTYPES, Archive, Path, Record, fingerprint, prior_cod
 from .convert import Conversion, conversion
 from .errors import CodingError, MismatchError
 from .layers import Posterior, posteriors
+from .priors import DROP_BELOW_BITS
 from .trellis import Rate
 
 NAMES_FROM_BYTES = 10_000  # files this large carry names and shapes unless told otherwise
-DROP_BELOW_BITS = 0.02  # KL per weight under which a unit with a prior scale of its own is dropped
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 from .bits import NATS_PER_BIT
 from .layers import Posterior
 
+DROP_BELOW_BITS = 0.02  # KL per weight under which a unit with a prior scale of its own is dropped
 WIDER = 1.5  # variance of the prior over that of the weights: the corrections make them larger
 _FARTHEST, _FARTHEST_ELSEWHERE = 5.0, 3.3  # prior stds that a weight may be away from zero, in corrected layers and in other tensors
 _LARGEST_RATIO = 0.999  # noise over variance
@@ -49,7 +50,8 @@ def widening(size: Tensor, worth: Tensor, together: float) -> Tensor:
     shares = worth / (worth.sum() + LEAST)
     n = max(together * math.exp(float(torch.special.entr(shares).sum())) / worth.numel(), 1.0)
     worth = worth / (worth.sum(1, keepdim=True) + LEAST)
-    factors = torch.logspace(math.log2(_LEAST_WIDENING), math.log2(_LARGEST_WIDENING), _WIDENINGS, base=2.0).to(size)
+    least, largest = math.log2(_LEAST_WIDENING), math.log2(_LARGEST_WIDENING)
+    factors = torch.logspace(least, largest, _WIDENINGS, base=2.0, dtype=size.dtype, device=size.device)
     errors = [math.log(a) + (n - 1.0) / (n * a) + torch.logsumexp(size / (n * a) + (worth + LEAST).log(), 1) for a in factors.tolist()]
     return factors[torch.stack(errors).argmin(0)]
 

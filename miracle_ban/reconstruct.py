@@ -13,7 +13,7 @@ here with the prior's ridge in H), less than H_ii; so the variances are 1 / (pre
 weights can repair each other gets fewer bits.
 Least squares from inputs that carry much noise shrink a layer's outputs, and layer after layer that adds up. So where there are few
 bits a weight each unit is scaled, once its layer is coded, until its outputs vary as they did in the float network (`gains`).
-Leans on `priors`, `measure`, `plan`, `layers`, `convert` and torch.
+Leans on `priors`, `measure`, `layers`, `convert` and torch.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from . import measure
 from .bits import NATS_PER_BIT
 from .convert import conversion
 from .layers import Posterior, posteriors
-from .plan import DROP_BELOW_BITS
-from .priors import LEAST, SAMPLE, WIDER, Sampled, match_kl, prior_under, set_posterior, share_of_means, widening
+from .priors import DROP_BELOW_BITS, LEAST, SAMPLE, WIDER, Sampled, match_kl, prior_under, set_posterior, share_of_means, widening
 
 _ROUNDING = 1e-6  # variance over mean square
 # bits a weight; by hand: at 0.75 scaling took a ResNet-56 from 86.6 to 91.9 %, at 1.2 a ResNet-20's score error rose by a fifth
