@@ -130,7 +130,7 @@ class Reconstruction:
         self.scaled = bool(self.noise) or kl_bits < _SCALED_BELOW * sum(int(w.count_nonzero()) for w in self.trained.values())
         self.allocate(kl_bits)
         if self.noise:
-            self._widen(memory)
+            self._widen()
             self.allocate(kl_bits)
             self.most = {name: WIDER * share_of_means(posteriors(self.model)[name]) for name in self.prior}
         if self.noise or not rehearsed:
@@ -152,7 +152,7 @@ class Reconstruction:
         self.allocate(kl_bits * sum(before.values()) / sum(part[name] * v for name, v in before.items()))
         self.kl_bits = {name: part[name] * float(p.kl()) / NATS_PER_BIT for name, p in posteriors(self.model).items()}
 
-    def _widen(self, memory: float) -> None:
+    def _widen(self) -> None:
         """Make the priors as wide as suits the candidates of a code that chooses `memory` bits together."""
         for name, prior in self.prior.items():
             p = posteriors(self.model)[name]
@@ -162,7 +162,7 @@ class Reconstruction:
                 size = (p.mean.square() + (2.0 * p.log_std).exp()) / prior
                 worth = (self._precision[name] * prior).expand_as(size)
                 size, worth = size[coded].flatten(1), worth[coded].flatten(1)
-                prior[coded] *= widening(size, worth, memory / float(bits[coded].mean())).reshape(-1, *[1] * (prior.dim() - 1))
+                prior[coded] *= widening(size, worth, self.memory / float(bits[coded].mean())).reshape(-1, *[1] * (prior.dim() - 1))
 
     @torch.no_grad()
     def unshrink(self) -> None:

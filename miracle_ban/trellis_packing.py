@@ -195,8 +195,14 @@ class TrellisPacking(Packing):
         assert p.prior_std is not None
         distributed.synchronise([p.mean, p.log_std, p.prior_std])
         if not step and p.mean.dim() == 1:  # what a bias makes up for may have changed its prior
-            codes = self.archive.records[number].prior_codes = prior_code(p.prior_std.flatten().cpu().numpy())
-            p.freeze_prior(torch.from_numpy(prior_std(codes)).reshape(p.prior_std.shape))
+            self._hold_prior(number, prior_code(p.prior_std.flatten().cpu().numpy()))
+
+    def _hold_prior(self, number: int, codes: np.ndarray) -> torch.Tensor:
+        """Change the prior of a tensor; returns its standard deviations, by unit."""
+        p, self.archive.records[number].prior_codes = self.posterior[number], codes
+        std = torch.from_numpy(prior_std(np.maximum(codes, 1))).reshape(-1, *[1] * (p.mean.dim() - 1))
+        p.freeze_prior(std)
+        return std
 
     def _rescale_if_coded(self, number: int, pieces: list[Piece]) -> None:
         """Once nothing of a layer is left among `pieces`, bring its units back to their size in the float network by their prior codes."""
@@ -215,8 +221,7 @@ class TrellisPacking(Packing):
         stream = sum(r.bits for r in self.rates.values())
         if self.limit_bits is not None and 8 * self.archive.size_bytes + 8 * -(-stream // 8) > self.limit_bits:
             record.prior_codes = alike
-        std = torch.from_numpy(prior_std(np.maximum(record.prior_codes, 1))).reshape(-1, *[1] * (p.mean.dim() - 1))
-        p.freeze_prior(std)
+        std = self._hold_prior(number, record.prior_codes)
         everything = torch.arange(p.mean.numel(), device=p.mean.device)
         p.fix(everything, (torch.from_numpy(candidates).reshape(p.mean.shape) * std.float()).flatten().to(p.mean.device))
 
