@@ -28,13 +28,15 @@ if TYPE_CHECKING:
     from .layers import kl
     from .load import decode, load
     from .penalty import Penalty
+    from .rescale import rescale
     from .train import FitReport, fit
     from .tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
     "BayesianAttention", "FitReport", "MiracleError", "Penalty", "__version__", "compress", "convert", "decode", "decode_array",
-    "decode_arrays", "encode", "fetch", "fit", "harden", "kl", "load", "load_pretrained", "open", "save", "tune",
+    "decode_arrays", "encode", "fetch", "fit", "harden", "kl", "load", "load_pretrained", "open", "rescale", "save",
+    "tune",
 ]  # fmt: skip
 
 _NAMES = {
@@ -49,6 +51,7 @@ _NAMES = {
     "layers": ["kl"],
     "load": ["decode", "load"],
     "penalty": ["Penalty"],
+    "rescale": ["rescale"],
     "train": ["FitReport", "fit"],
     "tune": ["tune"],
 }

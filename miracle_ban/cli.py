@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import __version__, coders, plots
 from .bits import parse_bytes
-from .compress import compress
+from .compress import STAGES, compress
 from .container import FORMAT_VERSION, Archive
 from .convert import as_module, convert
 from .decode import open as open_archive
@@ -91,7 +91,7 @@ def _squeeze(text: str, most: int = 600) -> str:
 
 def _how_to_resume(args: argparse.Namespace) -> str:
     state = getattr(args, "checkpoint", None)
-    stages = () if state is None else ("fit", "harden", "encode", "packaged", "tune")
+    stages = () if state is None else STAGES
     written = [p for p in (Path(f"{state}.{stage}") for stage in stages) if p.exists()]
     return f"; the same command resumes from {written[-1]}" if written else ""
 
@@ -309,7 +309,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     rows = tensor_rows(archive)
     info = archive.info
     seconds = {k: info.get(k, {}).get("seconds") for k in ("fit", "harden")}
-    seconds |= {"encode": info.get("seconds"), "tune": info.get("tune", {}).get("seconds")}
+    seconds |= {"encode": info.get("seconds")} | {k: info.get(k, {}).get("seconds") for k in ("tune", "rescale")}
     seconds = {k: v for k, v in seconds.items() if v is not None}
     result = {"file": str(args.output), "tensors": rows, **totals(rows, size), "stages": seconds, "seconds": sum(seconds.values())}
     measured = batches_of(context) if context is not None else batches if batches is not None else inputs

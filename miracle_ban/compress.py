@@ -1,11 +1,12 @@
 """The whole of it in one call: a trained network becomes an archive, by what its user can give.
 
-Leans on `encode`, `tune`, `harden`, `train` and `reconstruct`.
+Leans on `encode`, `tune`, `rescale`, `harden`, `train` and `reconstruct`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,13 +30,16 @@ from .layers import posteriors
 from .load import bind
 from .plan import carries_names, check_seed, side_bits, skeleton
 from .reconstruct import Reconstruction
+from .rescale import rescale
 from .train import BLOCK_BITS, Loss, fit, index_budget_bits, seeded
 from .tune import tune
 
+STAGES = ("fit", "harden", "encode", "packaged", "rescale", "tune")  # endings of their checkpoints' names
 _BITS_TO_PACKAGE_FIRST = 0.5  # a weight; by hand, between a ResNet-20 in 40,000 bytes (1.2) and LeNet-5 in 1,140 (0.02)
 _BITS_TO_HARDEN = 0.02  # a weight; a VGG-16 in 70,000 bytes has 0.04
 _MEMORY_TO_TUNE = 12  # the path is searched some hundred times
 _EPOCHS_TO_HARDEN = 20.0
+_RESCALING = 0.01  # epochs of rescaling, for each of hardening
 
 
 @torch.enable_grad()
@@ -64,8 +68,9 @@ def compress(
 
     Without `batches` nothing is trained: the noise that the budget asks for is shared out over the weights as they are, and each
     layer is made to repair what the coding of those before it did (`reconstruct`). With `batches`, networks with BatchNorms are trained
-    under the noise of the code and then packaged so (`harden`); others are packaged first and then trained inside their file
-    (`tune`) from half a bit a weight on, and below posteriors are trained and then packaged (`fit`, `encode`).
+    under the noise of the code (`harden`), packaged so, and last of all imitated by the file's own scales (`rescale`); others are packaged
+    first and then trained inside their file (`tune`) from half a bit a weight on, and below posteriors are trained and then packaged
+    (`fit`, `encode`).
 
     Args:
         net: a trained network, or its state dict alone (then nothing can be measured, and errors are far larger); left alone.
@@ -88,13 +93,13 @@ def compress(
             and a fiftieth of a bit for each weight.
         noise: without `batches`, of a network that `harden` trained: what it says under "noise".
         checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit", ".harden", ".encode",
-            ".packaged" and ".tune".
+            ".packaged", ".rescale" and ".tune".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
         progress: show progress bars on stderr.
 
     Returns:
-        The archive; `archive.info["fit"]` is the `FitReport` as a dictionary, `archive.info["tune"]` and
-        `archive.info["harden"]` what those say.
+        The archive; `archive.info["fit"]` is the `FitReport` as a dictionary, `archive.info["tune"]`, `archive.info["harden"]` and
+        `archive.info["rescale"]` what those say.
 
     Raises:
         MiracleError: see `convert`, `fit` and `encode`.
@@ -145,14 +150,13 @@ def compress(
     own = batches if context is None else None  # for a context the weights are refined on its inputs
     archive = encode(model, own, loss if context is None else None, checkpoint=stage["encode"], **common, **encode_options)
     archive.info["fit"] = report.as_dict()
-    if stage["fit"] is not None:
-        checkpoints.remove(stage["fit"])
+    _forget(stage, "fit")
     return archive
 
 
 def _stages(checkpoint: str | Path | None) -> dict[str, Path | None]:
     """The file that each stage keeps its state in."""
-    return {k: None if checkpoint is None else Path(f"{checkpoint}.{k}") for k in ("fit", "harden", "encode", "packaged", "tune")}
+    return {stage: None if checkpoint is None else Path(f"{checkpoint}.{stage}") for stage in STAGES}
 
 
 @dataclass(frozen=True)
@@ -253,10 +257,20 @@ def _harden_and_package(
         checkpoint=stages["harden"],
         progress=packaging.progress,
     )
-    archive = packaging.package(net, stages["encode"], course.pop("noise"))
-    archive.info["harden"] = course
-    if stages["harden"] is not None:
-        checkpoints.remove(stages["harden"])
+    packaged = _packaged(packaging, net, stages, course.pop("noise"))
+    archive = rescale(
+        packaged,
+        net,
+        batches,
+        None if _gives_a_tensor(net, packaging.inputs) else loss,
+        budget=packaging.budget,
+        epochs=_RESCALING * epochs,
+        seed=packaging.seed,
+        checkpoint=stages["rescale"],
+        progress=packaging.progress,
+    )
+    archive.info = {**packaged.info, **archive.info, "harden": course}
+    _forget(stages, "harden", "encode", "packaged", "rescale")
     return archive
 
 
@@ -266,19 +280,42 @@ def _package_and_tune(
     """`compress` by packaging and training inside the file."""
     if isinstance(packaging.coder, str):
         packaging = replace(packaging, coder=coders.Trellis(memory=_MEMORY_TO_TUNE))
-    file, seed = stages["packaged"], packaging.seed
-    settings = {"budget_bytes": parse_bytes(packaging.budget), "seed": seed, "names": packaging.options.get("names")}
-    saved = None if file is None else checkpoints.read(file, stage="packaged", expected=settings)
-    if saved is not None:
-        packaged = bind(parse(saved["archive"].numpy().tobytes()), net)
-        packaged.info = saved["info"]
-    else:
-        packaged = packaging.package(net, stages["encode"])
-        if file is not None:
-            whole = torch.frombuffer(bytearray(packaged.to_bytes()), dtype=torch.uint8)
-            checkpoints.write(file, {"stage": "packaged", "settings": settings, "archive": whole, "info": packaged.info})
-    archive = tune(packaged, net, batches, loss, epochs=epochs, seed=seed, checkpoint=stages["tune"], progress=packaging.progress)
+    packaged = _packaged(packaging, net, stages)
+    archive = tune(packaged, net, batches, loss, epochs=epochs, seed=packaging.seed, checkpoint=stages["tune"], progress=packaging.progress)
     archive.info = {**packaged.info, **archive.info}
-    for path in filter(None, (stages[k] for k in ("encode", "packaged", "tune"))):
-        checkpoints.remove(path)
+    _forget(stages, "encode", "packaged", "tune")
     return archive
+
+
+def _packaged(
+    packaging: _Packaging, net: nn.Module, stages: dict[str, Path | None], noise: Mapping[str, torch.Tensor] | None = None
+) -> Archive:
+    """`_Packaging.package`, kept in a file of its own for what comes after."""
+    file = stages["packaged"]
+    if file is None:
+        return packaging.package(net, None, noise)
+    settings = {
+        "budget_bytes": parse_bytes(packaging.budget), "seed": packaging.seed, "names": packaging.options.get("names"),
+        "hardened": noise is not None,
+    }  # fmt: skip
+    saved = checkpoints.read(file, stage="packaged", expected=settings)
+    if saved is None:
+        packaged = packaging.package(net, stages["encode"], noise)
+        whole = torch.frombuffer(bytearray(packaged.to_bytes()), dtype=torch.uint8)
+        checkpoints.write(file, {"stage": "packaged", "settings": settings, "archive": whole, "info": packaged.info})
+        return packaged
+    packaged = bind(parse(saved["archive"].numpy().tobytes()), net)
+    packaged.info = saved["info"]
+    return packaged
+
+
+@torch.no_grad()
+def _gives_a_tensor(net: nn.Module, inputs: list[Any]) -> bool:
+    """Whether the outputs are one tensor, which another network can imitate."""
+    return bool(inputs) and isinstance(copy.deepcopy(net).eval()(inputs[0]), torch.Tensor)
+
+
+def _forget(stages: dict[str, Path | None], *done: str) -> None:
+    """Remove the checkpoints of stages that are over."""
+    for path in filter(None, (stages[k] for k in done)):
+        checkpoints.remove(path)

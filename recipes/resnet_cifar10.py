@@ -182,7 +182,7 @@ def main() -> None:
             archive = miracle_ban.compress(net, batches, F.cross_entropy, **options)
     else:
         archive = miracle_ban.compress(net, inputs=inputs, **options)
-    seconds = archive.info["seconds"] + archive.info.get("harden", {}).get("seconds", 0.0)
+    seconds = archive.info["seconds"] + sum(archive.info.get(stage, {}).get("seconds", 0.0) for stage in ("harden", "rescale"))
     size = miracle_ban.save(archive, output)
     fresh = [sys.executable, __file__, "--depth", str(args.depth), "--check", str(output), *(["--data", args.data] if args.data else [])]
     checked = json.loads(subprocess.run(fresh, check=True, capture_output=True, text=True).stdout)

@@ -153,7 +153,7 @@ def main() -> None:
         )  # fmt: skip
     output = stem.with_suffix(".mban")
     miracle_ban.save(archive, output)
-    line = result(output, args, archive.info["seconds"] + archive.info["harden"]["seconds"])
+    line = result(output, args, archive.info["seconds"] + sum(archive.info[stage]["seconds"] for stage in ("harden", "rescale")))
     if not args.smoke:
         append_result("vgg_cifar10", line)
     print(json.dumps(line))

@@ -24,7 +24,7 @@ ORDER = [
     "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "load", "distributed", "gaussian",
     "coders", "layers", "structure", "convert", "inputs", "teaching", "measure", "priors", "reconstruct", "ban",
     "recursion", "checkpoint", "feed", "course", "plan", "objective", "train", "penalty", "noise", "graphs", "harden", "packing",
-    "block_packing", "trellis_packing", "tune", "encode", "compress", "hub", "sources", "plots", "demo", "listing", "cli",
+    "block_packing", "trellis_packing", "tune", "rescale", "encode", "compress", "hub", "sources", "plots", "demo", "listing", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}
 
@@ -36,6 +36,7 @@ SIGNATURES = {
     "compress": ["net", "batches", "loss", "*", "budget"],
     "harden": ["net", "batches", "loss", "*", "bits", "epochs"],
     "tune": ["archive", "net", "batches", "loss", "*", "epochs"],
+    "rescale": ["archive", "net", "batches", "loss", "*", "budget", "epochs"],
     "save": ["archive", "path"],
     "open": ["path"],
     "decode": ["archive"],

@@ -1,0 +1,173 @@
+"""Rescaling: nothing but the sizes of units changes, and the network comes nearer to the one that it was made from."""
+
+from __future__ import annotations
+
+import copy
+
+import helpers
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from miracle_ban import MiracleError, compress, convert, decode, encode, load, rescale, save
+from miracle_ban.coders import Trellis
+from miracle_ban.container import parse, prior_std
+from miracle_ban.errors import CodingError, MismatchError
+from miracle_ban.load import restore
+from miracle_ban.rescale import _Scales
+
+BUDGET = 130
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def packaged(trained_net, batches):
+    """The blob network at two thirds of a bit a weight."""
+    return compress(trained_net, inputs=batches, budget=BUDGET, coder=Trellis(memory=8), **QUIET)
+
+
+@pytest.fixture(scope="module")
+def rescaled(packaged, trained_net, batches):
+    return rescale(packaged, trained_net, batches, budget=BUDGET, epochs=40, **QUIET)
+
+
+def decoded(archive) -> nn.Module:
+    net = helpers.TinyNet().eval()
+    restore(net, decode(archive, net))
+    return net
+
+
+@torch.no_grad()
+def divergence(archive, teacher: nn.Module, batches) -> float:
+    """Cross-entropy of the predicted classes to the teacher's, nats."""
+    net = decoded(archive)
+    return sum(float(F.cross_entropy(net(x), teacher(x).softmax(1))) for x, _ in batches) / len(batches)
+
+
+def test_the_file_imitates_its_network_better_and_keeps_to_the_budget(packaged, rescaled, trained_net, batches):
+    assert divergence(rescaled, trained_net, batches) < divergence(packaged, trained_net, batches) - 0.01
+    assert rescaled.size_bytes <= BUDGET
+    info = rescaled.info["rescale"]
+    assert info["steps"] == info["history"][-1]["step"] == 40 * len(batches)
+    assert info["history"][-1]["loss"] < info["history"][0]["loss"]
+    assert 0 < info["changed"] <= 1
+
+
+def test_nothing_but_the_sizes_of_units_changes(packaged, rescaled, trained_net, tmp_path):
+    before, after = packaged.to_bytes(), rescaled.to_bytes()
+    assert packaged.to_bytes() == before != after
+    assert np.array_equal(packaged.path.bits[: len(rescaled.path.bits)], rescaled.path.bits[: len(packaged.path.bits)])
+    old, new = (decode(a, trained_net) for a in (packaged, rescaled))
+    moved = 0
+    for one, other in zip(packaged.records, rescaled.records, strict=True):
+        assert ((one.prior_codes > 0) == (other.prior_codes > 0)).all()
+        if one.kind == "coded":
+            gain = prior_std(other.prior_codes) / np.maximum(prior_std(one.prior_codes), 1e-30)
+            units = np.ones(len(old[one.name])) if len(gain) == 1 else gain
+            wanted = old[one.name].flatten(1) * torch.from_numpy(units)[:, None] if len(gain) > 1 else old[one.name] * float(gain[0])
+            assert torch.allclose(new[one.name].flatten(1) if len(gain) > 1 else new[one.name], wanted.float(), rtol=1e-5)
+            moved += int((one.prior_codes != other.prior_codes).sum())
+    assert moved > 0
+    save(rescaled, tmp_path / "net.mban")
+    assert helpers.same_state(load(tmp_path / "net.mban", helpers.TinyNet()).state_dict(), decode(parse(after), helpers.TinyNet()))
+
+
+def test_without_a_budget_the_file_does_not_grow(packaged, trained_net, batches):
+    found = rescale(packaged, trained_net, batches, epochs=40, learning_rate=0.3, **QUIET)
+    assert found.size_bytes <= packaged.size_bytes
+    assert found.to_bytes() != packaged.to_bytes()
+
+
+def test_codes_that_change_least_stay_where_there_is_no_room(packaged):
+    scales = _Scales(copy.deepcopy(packaged), decoded(packaged))
+    with torch.no_grad():
+        for log in scales.logs.values():
+            log.copy_(torch.linspace(-1.3, 1.3, len(log)))
+    wanted = {name: scales.new_codes(name) for name in scales.logs}
+    whole = scales.settle(10**6)
+    most = scales.archive.size_bytes
+    assert all(np.array_equal(r.prior_codes, wanted[r.name]) for r in scales.archive.records if r.name in wanted)
+    some = scales.settle(most - 1)
+    assert scales.archive.size_bytes <= most - 1
+    assert 0 < some < whole
+    kept = np.concatenate([r.prior_codes != wanted[r.name] for r in scales.archive.records if r.name in wanted])
+    size = np.concatenate([log.detach().abs().numpy() for log in scales.logs.values()])
+    assert size[kept].max() <= size[~kept].max()
+    assert scales.settle(0) == 0
+    assert scales.archive.to_bytes() == packaged.to_bytes()
+
+
+def test_gradients_are_those_of_the_sizes_at_the_nearest_codes(packaged, trained_net, batches):
+    scales = _Scales(copy.deepcopy(packaged), decoded(packaged))
+    x, y = batches[0]
+    F.cross_entropy(torch.func.functional_call(decoded(packaged), scales.now(), (x,)), y).backward()
+    same = decoded(packaged)
+    F.cross_entropy(same(x), y).backward()
+    for name, p in same.named_parameters():
+        if name in scales.logs:
+            by_weight = p.grad * p.detach()
+            own = by_weight.flatten(1).sum(1) if len(scales.logs[name]) > 1 else by_weight.sum().reshape(1)
+            assert torch.allclose(scales.logs[name].grad, own[: len(scales.logs[name])], atol=1e-6)
+
+
+def test_a_loss_of_ones_own_and_blocks_instead_of_a_trellis(trained_net, batches):
+    archive = encode(convert(trained_net, per_unit=True), coder="gprs", **QUIET)
+
+    def error(outputs, targets):
+        return (outputs - 3.0 * F.one_hot(targets, 3)).square().mean()
+
+    found = rescale(archive, trained_net, batches, error, budget="1 kB", epochs=20, **QUIET)
+    with torch.no_grad():
+        before, after = (sum(float(error(decoded(a)(x), y)) for x, y in batches) for a in (archive, found))
+    assert after < before
+
+
+class Stop(Exception):  # noqa: N818, no error
+    pass
+
+
+def test_interrupted_it_goes_on_to_the_same_file(packaged, trained_net, batches, tmp_path):
+    options = {"budget": BUDGET, "epochs": 6, **QUIET}
+    whole = rescale(packaged, trained_net, batches, F.cross_entropy, **options)
+    left = iter(range(2 * len(batches) + 1))
+
+    def failing(outputs, targets):
+        if next(left, None) is None:
+            raise Stop
+        return F.cross_entropy(outputs, targets)
+
+    with pytest.raises(Stop):
+        rescale(packaged, trained_net, batches, failing, checkpoint=tmp_path / "state", **options)
+    again = rescale(packaged, trained_net, batches, F.cross_entropy, checkpoint=tmp_path / "state", **options)
+    assert again.to_bytes() == whole.to_bytes()
+    with pytest.raises(CodingError, match="steps"):
+        rescale(packaged, trained_net, batches, F.cross_entropy, checkpoint=tmp_path / "state", budget=BUDGET, epochs=7, **QUIET)
+
+
+class TwoOutputs(helpers.TinyNet):
+    def forward(self, x):
+        return {"scores": super().forward(x)}
+
+
+def test_compress_hardens_packages_and_rescales_whatever_the_outputs_are(batches):
+    options = {"budget": 200, "epochs": 100, "hardened": True, "coder": Trellis(memory=8), **QUIET}
+    archive = compress(helpers.TinyNet(), batches, F.cross_entropy, **options)
+    assert archive.info["rescale"]["steps"] == len(batches)
+    assert archive.size_bytes <= 200
+    archive = compress(TwoOutputs(), batches, lambda out, y: F.cross_entropy(out["scores"], y), **options)
+    assert archive.info["rescale"]["steps"] == len(batches)
+
+
+def test_errors_say_what_is_wrong(packaged, trained_net, batches):
+    with pytest.raises(MiracleError, match="epochs must be positive, not 0"):
+        rescale(packaged, trained_net, batches, epochs=0, **QUIET)
+    with pytest.raises(MiracleError, match="learning_rate must be positive, not nan"):
+        rescale(packaged, trained_net, batches, learning_rate=float("nan"), **QUIET)
+    with pytest.raises(MismatchError):
+        rescale(packaged, nn.Linear(2, 2), batches, **QUIET)
+    with pytest.raises(MiracleError, match="dict cannot be imitated: give rescale a loss"):
+        rescale(packaged, TwoOutputs(), batches, **QUIET)
+    with pytest.raises(MiracleError, match="became nan in rescaling"):
+        rescale(packaged, trained_net, batches, lambda out, y: out.sum() * float("nan"), epochs=1, **QUIET)
