@@ -13,6 +13,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.func import functional_call
 from . import checkpoint as checkpoints
 from . import distributed
 from .bits import parse_bytes
-from .container import Archive, prior_code, prior_std
+from .container import Archive, prior_code, prior_std, rates
 from .course import Row, check_loss, run, warm_cosine
 from .errors import MiracleError
 from .feed import Feed
@@ -117,6 +118,8 @@ class _Scales:
 
     def __init__(self, archive: Archive, model: nn.Module):
         self.archive = archive
+        if archive.path is not None:  # a file's bits end with a byte, but where that is depends on what is before them
+            archive.path = replace(archive.path, bits=archive.path.bits[: sum(r.bits for r in rates(archive).values())])
         self.weights = dict(model.named_parameters())
         device = next(iter(self.weights.values())).device
         coded = {str(r.name): np.asarray(r.prior_codes) for r in archive.records if r.kind == "coded"}

@@ -15,7 +15,7 @@ from miracle_ban import MiracleError, compress, convert, decode, encode, load, r
 from miracle_ban.coders import Trellis
 from miracle_ban.container import parse, prior_std
 from miracle_ban.errors import CodingError, MismatchError
-from miracle_ban.load import restore
+from miracle_ban.load import bind, restore
 from miracle_ban.rescale import _Scales
 
 BUDGET = 130
@@ -99,6 +99,20 @@ def test_codes_that_change_least_stay_where_there_is_no_room(packaged):
     assert scales.archive.to_bytes() == packaged.to_bytes()
 
 
+@pytest.mark.parametrize("shift", [0.1, 0.2, 0.3, 0.6, 0.9, 1.2])
+def test_what_was_read_from_a_file_can_be_read_again(packaged, shift):
+    """The codes take other numbers of bits, so the bits of the path end elsewhere in a byte."""
+    found = []
+    for archive in (copy.deepcopy(packaged), bind(parse(packaged.to_bytes()), helpers.TinyNet())):
+        scales = _Scales(archive, decoded(packaged))
+        with torch.no_grad():
+            for log in scales.logs.values():
+                log.copy_(torch.linspace(-shift, shift, len(log)))
+        scales.settle(10**6)
+        found.append(parse(archive.to_bytes()).to_bytes())
+    assert found[0] == found[1]
+
+
 def test_gradients_are_those_of_the_sizes_at_the_nearest_codes(packaged, trained_net, batches):
     scales = _Scales(copy.deepcopy(packaged), decoded(packaged))
     x, y = batches[0]
@@ -156,6 +170,9 @@ def test_compress_hardens_packages_and_rescales_whatever_the_outputs_are(batches
     archive = compress(helpers.TinyNet(), batches, F.cross_entropy, **options)
     assert archive.info["rescale"]["steps"] == len(batches)
     assert archive.size_bytes <= 200
+    assert archive.path.memory == 8
+    archive = compress(helpers.TinyNet(), batches, F.cross_entropy, **{**options, "coder": "trellis"})
+    assert archive.path.memory == Trellis().settled(20, 8 * 200).memory + 2
     archive = compress(TwoOutputs(), batches, lambda out, y: F.cross_entropy(out["scores"], y), **options)
     assert archive.info["rescale"]["steps"] == len(batches)
 
