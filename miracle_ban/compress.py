@@ -32,7 +32,6 @@ from .plan import carries_names, check_seed, side_bits, skeleton
 from .reconstruct import Reconstruction
 from .rescale import rescale
 from .train import BLOCK_BITS, Loss, fit, index_budget_bits, seeded
-from .trellis import LARGEST_MEMORY
 from .tune import tune
 
 STAGES = ("fit", "harden", "encode", "packaged", "rescale", "tune")  # endings of their checkpoints' names
@@ -41,7 +40,6 @@ _BITS_TO_HARDEN = 0.02  # a weight; a VGG-16 in 70,000 bytes has 0.04
 _MEMORY_TO_TUNE = 12  # the path is searched some hundred times
 _EPOCHS_TO_HARDEN = 20.0
 _RESCALING = 0.01  # epochs of rescaling, for each of hardening
-_MORE_MEMORY = 2  # bits of the trellis' memory: what was hardened for hours is worth four times the search
 
 
 @torch.enable_grad()
@@ -80,8 +78,7 @@ def compress(
         loss: `loss(outputs, targets)` -> mean negative log-likelihood of the batch, nats.
         budget: size of the whole file, bytes or text such as "20 kB".
         epochs: passes over `batches`, in `fit`, `harden` or `tune`.
-        coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README), with two more bits of
-            memory for a network that was hardened here.
+        coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README).
         seed: as in `encode`.
         inputs: what layers are measured on, unless posteriors are trained: a tensor of examples, or an iterable of batches (labels are
             ignored), 1,024 examples at most are used; default `batches`, or made up to fit the network's BatchNorms (`inputs`).
@@ -260,9 +257,6 @@ def _harden_and_package(
         checkpoint=stages["harden"],
         progress=packaging.progress,
     )
-    if isinstance(packaging.coder, str):
-        settled = coders.Trellis().settled(BLOCK_BITS, 8.0 * parse_bytes(packaging.budget))
-        packaging = replace(packaging, coder=coders.Trellis(memory=min(int(settled.memory or 0) + _MORE_MEMORY, LARGEST_MEMORY)))
     packaged = _packaged(packaging, net, stages, course.pop("noise"))
     archive = rescale(
         packaged,
