@@ -39,7 +39,7 @@ _BITS_TO_PACKAGE_FIRST = 0.5  # a weight; by hand, between a ResNet-20 in 40,000
 _BITS_TO_HARDEN = 0.02  # a weight; a VGG-16 in 70,000 bytes has 0.04
 _MEMORY_TO_TUNE = 12  # the path is searched some hundred times
 _EPOCHS_TO_HARDEN = 20.0
-_RESCALING = 0.01  # epochs of rescaling, for each of hardening
+_RESCALING = 0.01  # epochs of rescaling, for each of hardening; one at least
 
 
 @torch.enable_grad()
@@ -264,7 +264,7 @@ def _harden_and_package(
         batches,
         None if _gives_a_tensor(net, packaging.inputs) else loss,
         budget=packaging.budget,
-        epochs=_RESCALING * epochs,
+        epochs=max(1.0, _RESCALING * epochs),
         seed=packaging.seed,
         checkpoint=stages["rescale"],
         progress=packaging.progress,

@@ -166,7 +166,7 @@ class TwoOutputs(helpers.TinyNet):
 
 
 def test_compress_hardens_packages_and_rescales_whatever_the_outputs_are(batches):
-    options = {"budget": 200, "epochs": 100, "hardened": True, "coder": Trellis(memory=8), **QUIET}
+    options = {"budget": 200, "epochs": 50, "hardened": True, "coder": Trellis(memory=8), **QUIET}
     archive = compress(helpers.TinyNet(), batches, F.cross_entropy, **options)
     assert archive.info["rescale"]["steps"] == len(batches)
     assert archive.size_bytes <= 200
