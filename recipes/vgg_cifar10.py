@@ -153,7 +153,8 @@ def main() -> None:
         )  # fmt: skip
     output = stem.with_suffix(".mban")
     miracle_ban.save(archive, output)
-    line = result(output, args, archive.info["seconds"] + sum(archive.info[stage]["seconds"] for stage in ("harden", "rescale")))
+    seconds = archive.info["seconds"] + sum(archive.info.get(stage, {}).get("seconds", 0.0) for stage in ("harden", "rescale"))
+    line = result(output, args, seconds)
     if not args.smoke:
         append_result("vgg_cifar10", line)
     print(json.dumps(line))
