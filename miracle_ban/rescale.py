@@ -27,7 +27,7 @@ from . import distributed
 from .bits import parse_bytes
 from .container import Archive, prior_code, prior_std, rates
 from .course import Row, check_loss, run, warm_cosine
-from .errors import MiracleError
+from .errors import CodingError, MiracleError
 from .feed import Feed
 from .load import decode, restore
 from .teaching import imitation
@@ -74,7 +74,7 @@ def rescale(
         that `changed`.
 
     Raises:
-        CodingError: the checkpoint belongs to another run.
+        CodingError: nothing in the file can be rescaled, or the checkpoint belongs to another run.
         MismatchError: the archive was made for another architecture.
         MiracleError: the loss is NaN or infinite, or there is none and the outputs are no tensor.
 
@@ -97,6 +97,8 @@ def rescale(
     settings = {"archive": zlib.crc32(archive.to_bytes()), "steps": steps, "learning_rate": learning_rate, "seed": seed}
     saved = checkpoints.read(Path(checkpoint), stage="rescale", expected=settings) if checkpoint is not None else None
     scales = _Scales(archive, model)
+    if not scales.logs:
+        raise CodingError(f"no unit of the file has weights that are parameters of this {type(net).__name__}: there is nothing to rescale")
     with seeded(distributed.own_seed(seed), device):
         history, started = run(
             _Rescaling(scales, model, feed, loss, teacher, learning_rate, steps), steps, stage="rescale", settings=settings, saved=saved,

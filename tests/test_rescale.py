@@ -193,6 +193,11 @@ def test_errors_say_what_is_wrong(packaged, trained_net, batches):
         rescale(packaged, trained_net, batches, epochs=0, **QUIET)
     with pytest.raises(MiracleError, match="learning_rate must be positive, not nan"):
         rescale(packaged, trained_net, batches, learning_rate=float("nan"), **QUIET)
+    silent = nn.Linear(64, 3, bias=False)
+    nn.init.zeros_(silent.weight)
+    dropped = encode(convert(silent, per_unit=True), coder=Trellis(memory=8), budget=100, **QUIET)
+    with pytest.raises(CodingError, match="there is nothing to rescale"):
+        rescale(dropped, silent, batches, **QUIET)
     with pytest.raises(MismatchError):
         rescale(packaged, nn.Linear(2, 2), batches, **QUIET)
     with pytest.raises(MiracleError, match="dict cannot be imitated: give rescale a loss"):
