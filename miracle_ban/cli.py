@@ -308,8 +308,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     size = save(archive, args.output)
     rows = tensor_rows(archive)
     info = archive.info
-    seconds = {k: info.get(k, {}).get("seconds") for k in ("fit", "harden")}
-    seconds |= {"encode": info.get("seconds")} | {k: info.get(k, {}).get("seconds") for k in ("tune", "rescale")}
+    seconds = {stage: info.get(stage, {}).get("seconds") for stage in STAGES} | {"encode": info.get("seconds")}
     seconds = {k: v for k, v in seconds.items() if v is not None}
     result = {"file": str(args.output), "tensors": rows, **totals(rows, size), "stages": seconds, "seconds": sum(seconds.values())}
     measured = batches_of(context) if context is not None else batches if batches is not None else inputs

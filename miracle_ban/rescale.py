@@ -124,8 +124,9 @@ class _Scales:
             archive.path = replace(archive.path, bits=archive.path.bits[: sum(r.bits for r in rates(archive).values())])
         self.weights = dict(model.named_parameters())
         device = next(iter(self.weights.values())).device
-        coded = {str(r.name): np.asarray(r.prior_codes) for r in archive.records if r.kind == "coded"}
-        self.codes = {name: codes for name, codes in coded.items() if name in self.weights and codes.any()}
+        coded = {str(r.name): r for r in archive.records if r.kind == "coded" and r.prior_codes.any()}
+        self.records = {name: r for name, r in coded.items() if name in self.weights}
+        self.codes = {name: r.prior_codes for name, r in self.records.items()}  # as they were
         self.logs = {name: nn.Parameter(torch.zeros(len(codes), device=device)) for name, codes in self.codes.items()}  # new over old
 
     def new_codes(self, name: str) -> np.ndarray:
@@ -148,22 +149,21 @@ class _Scales:
 
     def settle(self, limit: int) -> float:
         """Put the new codes into the archive, at most `limit` bytes in all; returns the share of the codes that changed."""
-        records = [r for r in self.archive.records if str(r.name) in self.codes and r.kind == "coded"]
-        new = [self.new_codes(str(r.name)) for r in records]
-        log = np.abs(np.concatenate([np.zeros(0), *(self.logs[str(r.name)].detach().cpu().numpy() for r in records)]))
-        order = np.argsort(log, kind="stable")
+        new = {name: self.new_codes(name) for name in self.codes}
+        edges = np.cumsum([len(codes) for codes in new.values()])
+        order = np.argsort(np.concatenate([log.detach().abs().cpu().numpy() for log in self.logs.values()]), kind="stable")
 
         def put(kept: int) -> int:
             """All new codes but those of the `kept` units that change least; returns how many changed."""
-            old = np.zeros(len(log), bool)
-            old[order[:kept]] = True
+            stays = np.zeros(len(order), bool)
+            stays[order[:kept]] = True
             changed = 0
-            for r, codes, own in zip(records, new, np.split(old, np.cumsum([len(c) for c in new])[:-1]), strict=True):
-                r.prior_codes = np.where(own, self.codes[str(r.name)], codes)
-                changed += int((r.prior_codes != self.codes[str(r.name)]).sum())
+            for (name, record), own in zip(self.records.items(), np.split(stays, edges[:-1]), strict=True):
+                record.prior_codes = np.where(own, self.codes[name], new[name])
+                changed += int((record.prior_codes != self.codes[name]).sum())
             return changed
 
-        low, high = 0, len(log)  # with `high` it fits, or nothing is changed
+        low, high = 0, len(order)  # with `high` it fits, or nothing is changed
         put(0)
         if self.archive.size_bytes > limit:
             while high - low > 1:
@@ -171,7 +171,7 @@ class _Scales:
                 put(middle)
                 low, high = (middle, high) if self.archive.size_bytes > limit else (low, middle)
             low = high
-        return put(low) / max(len(log), 1)
+        return put(low) / len(order)
 
 
 class _Rescaling:

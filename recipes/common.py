@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from miracle_ban.container import Archive
+
 RESULTS = Path(__file__).parent / "results"
 NUM_VALIDATION = 5_000  # the last training images, never trained on
 KODAK_TESTED, KODAK_CROP = 4, 96  # the first images of Kodak, the middles of which are tested on; pixels on a side
@@ -190,6 +192,11 @@ def error_percent(model: nn.Module, images: Tensor, labels: Tensor, *, mean: flo
 def weights_digest(net: nn.Module) -> str:
     """SHA-256 over all float32 weights, in state-dict order."""
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()
+
+
+def seconds_taken(archive: Archive) -> float:
+    """By packaging, and by hardening before and rescaling after it."""
+    return archive.info["seconds"] + sum(archive.info.get(stage, {}).get("seconds", 0.0) for stage in ("harden", "rescale"))
 
 
 def append_result(recipe: str, line: dict) -> None:

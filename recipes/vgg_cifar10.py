@@ -28,7 +28,7 @@ import miracle_ban.coders
 from miracle_ban.bits import parse_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import append_result, cifar10, data_root, weights_digest
+from common import append_result, cifar10, data_root, seconds_taken, weights_digest
 from resnet_cifar10 import BATCH, Augmented, normalised, scores
 
 WIDTHS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
@@ -153,8 +153,7 @@ def main() -> None:
         )  # fmt: skip
     output = stem.with_suffix(".mban")
     miracle_ban.save(archive, output)
-    seconds = archive.info["seconds"] + sum(archive.info.get(stage, {}).get("seconds", 0.0) for stage in ("harden", "rescale"))
-    line = result(output, args, seconds)
+    line = result(output, args, seconds_taken(archive))
     if not args.smoke:
         append_result("vgg_cifar10", line)
     print(json.dumps(line))

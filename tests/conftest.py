@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import miracle_ban
+from miracle_ban.coders import Trellis
+from miracle_ban.container import Archive
 from miracle_ban.train import FitReport
 
 quiet = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
@@ -67,6 +69,12 @@ def fitted(trained_net, batches) -> tuple[torch.nn.Module, FitReport]:
     bnn = miracle_ban.convert(trained_net)
     report = miracle_ban.fit(bnn, batches, F.cross_entropy, budget=helpers.BUDGET, epochs=60, progress=False)
     return bnn, report
+
+
+@pytest.fixture(scope="session")
+def packaged(trained_net, batches) -> Archive:
+    """The blob network at two thirds of a bit a weight, one frame."""
+    return miracle_ban.compress(trained_net, inputs=batches, budget=helpers.PACKAGED, coder=Trellis(memory=8), progress=False)
 
 
 @pytest.fixture

@@ -18,14 +18,8 @@ from miracle_ban.errors import CodingError, MismatchError
 from miracle_ban.load import bind, restore
 from miracle_ban.rescale import _Scales
 
-BUDGET = 130
+BUDGET = helpers.PACKAGED
 QUIET = {"progress": False}
-
-
-@pytest.fixture(scope="module")
-def packaged(trained_net, batches):
-    """The blob network at two thirds of a bit a weight."""
-    return compress(trained_net, inputs=batches, budget=BUDGET, coder=Trellis(memory=8), **QUIET)
 
 
 @pytest.fixture(scope="module")

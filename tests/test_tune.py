@@ -19,14 +19,8 @@ from miracle_ban.errors import CodingError, MismatchError
 from miracle_ban.load import restore
 from miracle_ban.tune import _WINDOW, _Code
 
-BUDGET = 130
+BUDGET = helpers.PACKAGED
 QUIET = {"progress": False}
-
-
-@pytest.fixture(scope="module")
-def packaged(trained_net, batches):
-    """The blob network at two thirds of a bit a weight, one frame."""
-    return compress(trained_net, inputs=batches, budget=BUDGET, coder=Trellis(memory=8), **QUIET)
 
 
 @pytest.fixture(scope="module")
