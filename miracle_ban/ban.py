@@ -12,13 +12,12 @@ Attention moves the evidence between M learned prototypes, groups of training ex
 A hidden unit's gate is 0 or 1, in training at random with a learned chance (straight-through, Bengio et al. 2013, arXiv
 1308.3432): what a context does not need falls back to the prior, is silent and costs nothing. The prior never depends on z: a file
 that was packaged for a context needs no context to decode. With one prototype, open gates and importance 1 all is the plain
-beta-ELBO. Equation numbers are the paper's. Leans on `layers`, `convert`, `inputs`
+beta-ELBO. Equation numbers are the paper's. Leans on `network`, `layers`, `convert`, `inputs`
 and `teaching`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -32,6 +31,7 @@ from .convert import conversion, drop_units
 from .errors import MiracleError, MismatchError
 from .inputs import batches_of
 from .layers import Law, Posterior, example_gradients, loss_at, posteriors, use_mode
+from .network import copied
 from .teaching import are_scores, class_shift, mean_network
 
 Contexts = Callable[[Any], Tensor]  # targets -> bool [n]: which examples of a batch belong to the context that was drawn
@@ -193,7 +193,7 @@ class BayesianAttention(nn.Module):
             raise MiracleError(f"latent and prototypes must be positive, not {latent} and {prototypes}")
         self.num_prototypes, self.gated, self.thrift, self.contexts = prototypes, gated, thrift, contexts or Subsets()
         self.examples_correlated, self.every, self.hidden, self.latent = examples_correlated, every, hidden, latent
-        self.backbone = copy.deepcopy(features).eval().requires_grad_(False)
+        self.backbone = copied(features).eval().requires_grad_(False)
         self.expert = nn.Sequential(nn.LazyLinear(hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent))  # mean and log precision
         self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(), nn.Linear(hidden, latent))
         self.register_buffer("general", torch.zeros(latent))  # z of the context of everything
@@ -439,7 +439,7 @@ def detached_copy(model: nn.Module) -> nn.Module:
     for p in held:
         p.conditional = None
     try:
-        return copy.deepcopy(model)
+        return copied(model)
     finally:
         for p, law in held.items():
             p.conditional = law

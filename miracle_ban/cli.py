@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import math
 import os
@@ -37,6 +36,7 @@ from .inputs import batches_of
 from .layers import posteriors
 from .listing import bits_table, codeword_bits, label, number_text, shape_text, sizes_text, std_text, table, tensor_rows, totals
 from .load import bind, decode, restore
+from .network import copied
 from .sources import compare, load_checkpoint, load_data, load_inputs, load_into, load_model, try_batch
 
 _MODEL_HELP = "package.module:factory, path/to/file.py:factory, or torchvision:NAME; the factory takes no arguments"
@@ -313,7 +313,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     result = {"file": str(args.output), "tensors": rows, **totals(rows, size), "stages": seconds, "seconds": sum(seconds.values())}
     measured = batches_of(context) if context is not None else batches if batches is not None else inputs
     if measured is not None:
-        other = copy.deepcopy(net)
+        other = copied(net)
         restore(other, decode(archive, other))
         result["quality"] = compare(net, other, measured, None if context is not None else loss)
     if args.report is not None:

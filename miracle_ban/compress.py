@@ -6,7 +6,6 @@ Leans on `encode`, `tune`, `rescale`, `harden`, `train` and `reconstruct`.
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from .harden import harden, has_norms
 from .inputs import batches_of, made_for
 from .layers import posteriors
 from .load import bind
+from .network import copied, tensors, unwrapped
 from .plan import carries_names, check_seed, side_bits, skeleton
 from .reconstruct import Reconstruction
 from .rescale import rescale
@@ -116,6 +116,7 @@ def compress(
         net = as_module(net)
         named = (encode_options or {}).get("names")
         encode_options = {**(encode_options or {}), "names": True if named is None else named}
+    net = unwrapped(net)
     if batches is None or loss is None:
         if batches is not None or loss is not None:
             raise CodingError("batches and loss come together: compress(net, loader, F.cross_entropy, budget=...), or neither")
@@ -212,7 +213,7 @@ class _Packaging:
 @contextlib.contextmanager
 def _full_precision(net: nn.Module) -> Iterator[None]:
     """Within, no autocast: least squares want float32, whatever precision the caller trains in."""
-    kinds = {t.device.type for t in net.state_dict().values()} | {"cpu"}
+    kinds = {t.device.type for t in tensors(net).values()} | {"cpu"}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds - {"meta"}):
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -316,7 +317,7 @@ def _packaged(
 @torch.no_grad()
 def _gives_a_tensor(net: nn.Module, inputs: list[Any]) -> bool:
     """Whether the outputs are one tensor, which another network can imitate."""
-    return bool(inputs) and isinstance(copy.deepcopy(net).eval()(inputs[0]), torch.Tensor)
+    return bool(inputs) and isinstance(copied(net).eval()(inputs[0]), torch.Tensor)
 
 
 def _forget(stages: dict[str, Path | None], *done: str) -> None:

@@ -1,22 +1,24 @@
 """Turn a trained network into a Bayesian one: every weight gets a posterior that starts at its trained value.
 
 In comes any `nn.Module`, out goes a copy with variational layers and a `Conversion`: the account of every entry of the
-original state dict, so that nothing is silently left out of the file. Leans on `layers` and `structure`.
+original state dict, so that nothing is silently left out of the file. Leans on `network`, `layers` and `structure`.
 """
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils._pytree import tree_map_only
 
-from .errors import MismatchError, UnsupportedModelError
+from .errors import MiracleWarning, MismatchError, UnsupportedModelError
 from .layers import LOCAL_CLASSES, Posterior, drawing_class, hold_in_eval, posteriors
+from .network import copied, tensors, unwrapped
 from .structure import Link, Structure, is_frozen_norm, trace
 
 _SHORT = (torch.float16, torch.bfloat16)
@@ -115,14 +117,14 @@ def convert(
         raise UnsupportedModelError(f"convert() takes an nn.Module, not {_said(model)}")
     if where is not None and not callable(where):
         raise UnsupportedModelError(f"where is called as where(module_name, module) and gives a bool; it cannot be {_said(where)}")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     _check_kind(model)
     if posteriors(model):
         raise UnsupportedModelError("this model is already converted; pass the original network")
     _check_finite(model)
-    original = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+    original = {name: (tuple(t.shape), t.dtype) for name, t in tensors(model).items()}
     structure = trace(model)
-    net = _copied(model)
+    net = copied(model)
     if any(p.dtype in _SHORT for p in net.parameters()):
         net = net.float()  # 16 bits are too few to train in; the file still says, and gives back, the original dtype
         net.register_forward_pre_hook(_lengthen, with_kwargs=True)
@@ -199,36 +201,20 @@ def _said(value: object) -> str:
     return f"the class {value.__name__}: give an instance" if isinstance(value, type) else f"a value of type {type(value).__name__}"
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:  # whatever its parts raise
-        raise UnsupportedModelError(
-            f"the network cannot be copied ({type(error).__name__}: {str(error)[:120]}): take out what is no part of it, such as open "
-            "files and locks; make weights final that a hook computes (torch.nn.utils.remove_weight_norm, prune.remove)"
-        ) from error
-
-
 def _check_kind(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError("a scripted module cannot be converted: pass the network that it was scripted from")
     lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise UnsupportedModelError(f"{', '.join(lazy[:5])} has no shape yet: run one batch through the lazy modules first")
-    extra = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if prune.is_pruned(model):
+        raise UnsupportedModelError("the network is pruned by hooks, whose masks would be stored: make its weights final by prune.remove")
+    found = tensors(model)
+    extra = [name for name in model.state_dict() if name not in found]
     if extra:
-        raise UnsupportedModelError(f"the state dict holds {', '.join(extra[:5])}, which is not a tensor and cannot be stored")
-    for name, t in model.state_dict().items():
+        text = f"{', '.join(extra[:5])} is no tensor and is not stored: a network that the file is loaded into keeps its own"
+        warnings.warn(text, MiracleWarning, stacklevel=4)
+    for name, t in found.items():
         if t.is_meta:
             raise UnsupportedModelError(f"{name} is on the meta device and has no values: load the trained weights first")
         if t.layout != torch.strided or t.is_quantized:
@@ -239,7 +225,7 @@ def _check_kind(model: nn.Module) -> None:
 
 
 def _check_finite(model: nn.Module) -> None:
-    for name, t in model.state_dict().items():
+    for name, t in tensors(model).items():
         if t.is_floating_point() and not bool(torch.isfinite(t).all()):
             bad = int((~torch.isfinite(t)).sum())
             raise UnsupportedModelError(f"{name} holds {bad} NaN or infinite value(s) of {t.numel()}: repair the weights before coding")

@@ -3,12 +3,11 @@
 Each step draws every weight from N(w, noise * mean square of its unit's weights), a posterior as wide as a code of some bits leaves it.
 Networks so trained lie where noise does less harm (Baskin et al. 2018, NICE, arXiv 1810.00162; Fan et al. 2020, arXiv 2004.07320),
 and training shows where bits are worth most: the units' shares of them are learned (`noise`). BatchNorms stay what they are and see
-the noise. Leans on `noise`, `course`, `feed`, `train`, `graphs` and torch.
+the noise. Leans on `network`, `noise`, `course`, `feed`, `train`, `graphs` and torch.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import time
@@ -27,6 +26,7 @@ from .course import Row, check_loss, run, warm_cosine
 from .errors import MiracleError
 from .feed import Feed
 from .graphs import Recorded
+from .network import copied, unwrapped
 from .noise import Noise
 from .train import LOG_EVERY, Loss, seeded
 
@@ -85,7 +85,7 @@ def harden(
         raise MiracleError(f"epochs must be positive, not {epochs}")
     if not (math.isfinite(bits) and bits > 0):
         raise MiracleError(f"bits must be positive, not {bits}")
-    model = copy.deepcopy(net).float().train()
+    model = copied(unwrapped(net)).float().train()
     if not any(p.requires_grad for p in model.parameters()):
         raise MiracleError(f"no parameter of {type(net).__name__} wants a gradient: net.requires_grad_() before hardening")
     own = dict(model.named_parameters())

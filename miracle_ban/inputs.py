@@ -2,12 +2,11 @@
 
 A BatchNorm keeps the mean and variance that its inputs had over the training set. Random inputs are changed by gradient descent
 until a batch of them has these moments in every BatchNorm (Yin et al. 2020, DeepInversion, arXiv 1912.08795, equation 4; Cai et al.
-2020, ZeroQ, arXiv 2001.00281). Leans on torch only.
+2020, ZeroQ, arXiv 2001.00281). Leans on `network` and torch.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .errors import MiracleError
+from .network import copied
 
 _SIDES = (32, 28, 64, 224, 96, 128, 299, 48, 16, 8)  # of images, pixels, that are tried in turn
 _BATCH, _MOST = 64, 128  # examples: at once, and altogether
@@ -68,7 +68,7 @@ def made_for(net: nn.Module, *, seed: int = 0, progress: bool = True) -> list[An
         progress: show a progress bar on stderr.
     """
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in net.parameters()):
-        net = copy.deepcopy(net).float()  # 16 bits are too few to match moments in
+        net = copied(net).float()  # 16 bits are too few to match moments in
     generator = torch.Generator().manual_seed(seed)
     make = _maker(net, generator)
     if make is None:
@@ -78,8 +78,8 @@ def made_for(net: nn.Module, *, seed: int = 0, progress: bool = True) -> list[An
     if not norms or not first.is_floating_point():
         return [first, *(make() for _ in range(_MOST // len(first) - 1))]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _evaluated(net, first[:1])
-    each = 3.0 * counter.get_total_flops() * _STEPS  # forward, and backward to the inputs
+        _evaluated(net, first)
+    each = 3.0 * counter.get_total_flops() / len(first) * _STEPS  # forward, and backward to the inputs
     number = int(min(max(_WORK / max(each, 1.0), _SMALLEST_BATCH), _MOST))
     x = torch.cat([first, *(make() for _ in range(math.ceil(number / len(first)) - 1))])[:number]
     return list(_matched(net, norms, x, progress).split(_BATCH))
@@ -134,7 +134,9 @@ def _evaluated(net: nn.Module, x: Tensor) -> None:
 
 def _maker(net: nn.Module, generator: torch.Generator) -> Callable[[], Tensor] | None:
     """Makes random inputs of a shape that the network takes; None if none of the shapes tried fits."""
-    first = next(net.parameters())
+    first = next(net.parameters(), None)
+    if first is None:
+        return None
     device = first.device
 
     def normals(*shape: int) -> Callable[[], Tensor]:

@@ -1,6 +1,6 @@
 """From an `Archive` to torch: to a state dict, or into an ordinary network. Imports nothing of training.
 
-Leans on `decode`, which does the decoding, and torch.
+Leans on `decode`, which does the decoding, `network` and torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .container import RAW_DTYPES, Archive
 from .decode import bind_entries, find, open, stored_array, stored_arrays
 from .errors import FileFormatError, MismatchError
+from .network import tensors, unwrapped
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -49,7 +50,8 @@ def bind(archive: Archive, model: nn.Module) -> Archive:
     Raises:
         MismatchError: the file was made for another architecture.
     """
-    entries = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in model.state_dict().items()]
+    model = unwrapped(model)
+    entries = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors(model).items()]
     return bind_entries(archive, entries, whose=type(model).__name__)
 
 
@@ -84,8 +86,8 @@ def load(path, model=None, *, device=None):
 
     Args:
         path: the file.
-        model: an instance of the architecture that was compressed; its weights are overwritten. None returns the state dict,
-            of a file that carries names and shapes.
+        model: an instance of the architecture that was compressed, compiled or in (Distributed)DataParallel if you like; its
+            weights are overwritten. None returns the state dict, of a file that carries names and shapes.
         device: move the model, or the tensors, there; default leaves them where they are.
 
     Raises:
@@ -101,13 +103,15 @@ def load(path, model=None, *, device=None):
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
-    """`model.load_state_dict` of plain tensors: modules that ask which version of themselves wrote them are told their own.
+    """`model.load_state_dict` of plain tensors; what `model` keeps of another kind, and which version of itself wrote that, is its own.
 
     Raises:
         MismatchError: the model is on the meta device, where there are no weights to overwrite.
     """
-    if any(t.is_meta for t in model.state_dict().values()):
+    model = unwrapped(model)
+    own = model.state_dict()
+    if any(t.is_meta for t in tensors(model).values()):
         raise MismatchError(f"this {type(model).__name__} is on the meta device and has no weights to overwrite: build it on the cpu")
-    versioned = OrderedDict(state)
-    versioned._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    versioned = OrderedDict({name: value for name, value in own.items() if not isinstance(value, Tensor)} | dict(state))
+    versioned._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(versioned, strict=strict)

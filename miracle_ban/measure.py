@@ -86,7 +86,7 @@ def _patches(layer: Any, x: Tensor) -> Tensor:
 def channels(module: nn.Module, x: Tensor) -> Tensor:
     """Values of a module's inputs or outputs as `[channels, places]`."""
     if isinstance(module, _CHANNELS_LAST):
-        return x.reshape(-1, x.shape[-1]).T.float()
+        return torch.atleast_2d(x).flatten(0, -2).T.float()
     single = isinstance(module, nn.modules.conv._ConvNd) and x.dim() == 1 + len(module.kernel_size)
     return (x[None] if single else x).transpose(0, 1).flatten(1).float()
 

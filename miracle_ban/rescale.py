@@ -2,7 +2,7 @@
 
 A weight is its prior's standard deviation times what the code gives, and those of a unit share one standard deviation; so the codes of
 the priors are what is left to train when all else is coded. Loss and gradients are those at the nearest codes (the straight-through
-estimator: Bengio et al. 2013, arXiv 1308.3432). Leans on `load`, `course`, `feed` and `teaching`.
+estimator: Bengio et al. 2013, arXiv 1308.3432). Leans on `network`, `load`, `course`, `feed` and `teaching`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .course import Row, check_loss, run, warm_cosine
 from .errors import CodingError, MiracleError
 from .feed import Feed
 from .load import decode, restore
+from .network import copied, unwrapped
 from .teaching import imitation
 from .train import LOG_EVERY, Loss, seeded
 
@@ -87,7 +88,7 @@ def rescale(
             raise MiracleError(f"{name} must be positive, not {value}")
     limit = archive.size_bytes if budget is None else parse_bytes(budget)
     archive = copy.deepcopy(archive)
-    weights, model = decode(archive, net), copy.deepcopy(net).float().eval()
+    weights, model = decode(archive, net), copied(unwrapped(net)).float().eval()
     teacher = copy.deepcopy(model).requires_grad_(False) if loss is None else None
     restore(model, weights)
     device = next(model.parameters()).device

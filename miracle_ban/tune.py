@@ -5,7 +5,7 @@ its gradient moves the wishes (the straight-through estimator: Bengio et al. 201
 arXiv 1511.00363). Every few steps the path is searched again for one that decodes nearest to the wishes, in windows between
 states that stay. A wish is measured in the noise of its tensor's code, the prior's std times 2^-R at R bits a weight (the
 distortion-rate function of a Gaussian), so that one learning rate serves biases of eight bits and kernels of one.
-Leans on `load`, `coders.trellis`, `course` and `feed`.
+Leans on `network`, `load`, `coders.trellis`, `course` and `feed`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .decode import stored_array
 from .errors import CodingError, MiracleError
 from .feed import Feed
 from .load import decode, restore
+from .network import copied, unwrapped
 from .train import Loss, seeded
 from .trellis import RATE_UNIT
 
@@ -91,7 +92,7 @@ def tune(
     if not (math.isfinite(epochs) and epochs > 0):
         raise CodingError(f"epochs must be positive, not {epochs}")
     archive = copy.deepcopy(archive)
-    weights, model = decode(archive, net), copy.deepcopy(net).float().eval()
+    weights, model = decode(archive, net), copied(unwrapped(net)).float().eval()
     restore(model, weights)
     device = next(model.parameters()).device
     code = _Code(archive, model)

@@ -29,7 +29,7 @@ from miracle_ban.bits import parse_bytes
 from miracle_ban.layers import use_mode
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Batches, Scored, append_result, data_root, distilled, error_percent, mnist, weights_digest
+from common import Batches, Scored, append_result, data_root, distilled, error_percent, mnist, weights_digest, whole
 
 INPUT_MEAN, INPUT_STD = 0.1307, 0.3081
 DISTORTION = 0.7  # of the float network's training images
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work"), help="float network and checkpoint")
     parser.add_argument("-o", "--output", type=Path, help="default WORK/NETWORK-mnist-BUDGET-sSEED.mban")
     parser.add_argument("--fit-only", action="store_true", help="stop after training the posteriors; run again to package them")
+    parser.add_argument("--whole", action="store_true", help="train on the validation images, too")
     parser.add_argument("--check", type=Path, help="only decode this file and print its test error and weights' SHA-256")
     parser.add_argument("--without", help="names what is set otherwise: the line goes to `lenet5_ablation.jsonl`")
     parser.add_argument("--smoke", action="store_true", help="a few steps on 2,000 images, for the tests")
@@ -127,6 +128,8 @@ def main() -> None:
         error, digest = decoded_error(args.check, args.network, data, "test")
         print(json.dumps({"error": error, "sha256_weights": digest}))
         return
+    if args.whole:
+        data["train"] = whole(data)
     if args.smoke:
         data = {part: (x[:1000], y[:1000]) for part, (x, y) in data.items()}
         args.epochs, args.float_epochs, args.rounds, args.refine_steps, args.budget = 20, 1, 3, 2, "4 kB"
@@ -135,13 +138,13 @@ def main() -> None:
         return Batches(*data["train"], size=BATCH, mean=INPUT_MEAN, std=INPUT_STD, distortion=distortion)
 
     args.work.mkdir(parents=True, exist_ok=True)
-    stem = f"{args.network}-mnist-{parse_bytes(args.budget)}-s{args.seed}"
+    stem = f"{args.network}-mnist-{parse_bytes(args.budget)}{'-whole' if args.whole else ''}-s{args.seed}"
     posteriors = args.work / f"{stem}-{args.epochs:g}-{args.weights_per_bit:g}-{args.distil:g}-{args.distortion:g}-{args.coder}.posteriors"
     output = args.output or args.work / f"{stem}.mban"
 
     started = time.monotonic()
     title, make = NETWORKS[args.network]
-    kept = args.work / f"float-{'' if make is LeNet5 else args.network + '-'}s{args.seed}.pt"
+    kept = args.work / f"float-{'' if make is LeNet5 else args.network + '-'}{'whole-' if args.whole else ''}s{args.seed}.pt"
     net = train_float(batches(DISTORTION), epochs=args.float_epochs, seed=args.seed, path=kept, make=make)
     seconds = {"float": time.monotonic() - started}
     float_error = error_percent(net, *data["test"], mean=INPUT_MEAN, std=INPUT_STD)
@@ -191,7 +194,8 @@ def main() -> None:
         raise SystemExit(f"the decoded network errs {checked['error']} %, the encoder's {encoder_error} %")
     info, other = archive.info, "" if make is LeNet5 else f" --network {args.network}"
     line = {
-        "task": f"{title} on MNIST", "bytes": size, "error": checked["error"], "validation_error": round(validation_error, 3),
+        "task": f"{title} on MNIST", "bytes": size, "error": checked["error"],
+        **({} if args.whole else {"validation_error": round(validation_error, 3)}),
         "float_error": float_error, "budget": report.budget_bytes, "seed": args.seed, "coder": args.coder, "epochs": args.epochs,
         "distil": args.distil, "distortion": args.distortion, "refine_rate": args.refine_rate, "refine_distortion": refine_distortion,
         "seconds": {k: round(v, 1) for k, v in seconds.items()}, "widths": report.widths, "live_weights": report.live_weights,
@@ -204,7 +208,7 @@ def main() -> None:
         f"--weights-per-bit {args.weights_per_bit:g} --rounds {args.rounds} --refine-steps {args.refine_steps} "
         f"--refine-rate {args.refine_rate:g} --coder {args.coder} "
         f"--float-epochs {args.float_epochs} --distil {args.distil:g} --distortion {args.distortion:g} "
-        f"--refine-distortion {refine_distortion:g}",
+        f"--refine-distortion {refine_distortion:g}{' --whole' if args.whole else ''}",
     }  # fmt: skip
     if not args.smoke:
         append_result("lenet5_ablation" if args.without else "lenet5_mnist", line | {"without": args.without})

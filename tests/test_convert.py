@@ -287,14 +287,6 @@ def test_prior_scales_per_unit():
 # --- what cannot be converted ---
 
 
-class WithExtraState(nn.Linear):
-    def get_extra_state(self):
-        return {"calls": 1}
-
-    def set_extra_state(self, state):
-        pass
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -306,10 +298,9 @@ class WithExtraState(nn.Linear):
         lambda: convert(nn.Linear(2, 2)),
         lambda: nn.Sequential(convert(nn.Linear(2, 2)), nn.Linear(2, 2)),
         lambda: nn.LazyLinear(3),
-        lambda: WithExtraState(2, 2),
         lambda: torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.ReLU())),
     ],
-    ids=["no parameters", "empty", "text", "None", "state dict", "converted", "partly converted", "lazy", "extra state", "scripted"],
+    ids=["no parameters", "empty", "text", "None", "state dict", "converted", "partly converted", "lazy", "scripted"],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_cannot_be_converted_is_refused(make):
@@ -383,13 +374,25 @@ def test_layers_with_hooks_are_neither_folded_nor_narrowed():
         assert torch.allclose(mean_outputs(bnn, (x,)).float(), net(x).flatten(), atol=1e-4)
 
 
-def test_weights_that_a_hook_computes_from_others_are_coded_through_them():
-    with torch.no_grad():  # torch cannot copy such a weight if it carries a graph
-        net = pruned().eval()
-        x = torch.randn(5, 4)
-        bnn = convert(net).eval()
-        assert set(posteriors(bnn)) == {"0.weight_orig", "0.bias", "2.weight", "2.bias"}
-        assert mean_outputs(bnn, (x,)).equal(net(x).double().flatten())
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_a_hook_computes_from_others_are_coded_through_them(graph):
+    net = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2)).eval()
+    x = torch.randn(5, 4)
+    with torch.set_grad_enabled(graph):  # of the weight that the hook leaves behind
+        wanted = net(x).detach()
+    bnn = convert(net).eval()
+    assert set(posteriors(bnn)) == {"0.weight_g", "0.weight_v", "0.bias", "2.weight", "2.bias"}
+    assert mean_outputs(bnn, (x,)).equal(wanted.double().flatten())
+    assert net[0].weight.requires_grad == graph
+
+
+def test_a_pruned_network_is_refused_whether_or_not_it_can_be_copied():
+    net = pruned()
+    with torch.no_grad():
+        net(torch.randn(5, 4))
+    with pytest.raises(UnsupportedModelError, match=r"prune\.remove"):
+        convert(net)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
