@@ -30,13 +30,11 @@ if TYPE_CHECKING:
     from .penalty import Penalty
     from .rescale import rescale
     from .train import FitReport, fit
-    from .tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
     "BayesianAttention", "FitReport", "MiracleError", "Penalty", "__version__", "compress", "convert", "decode", "decode_array",
     "decode_arrays", "encode", "fetch", "fit", "harden", "kl", "load", "load_pretrained", "open", "rescale", "save",
-    "tune",
 ]  # fmt: skip
 
 _NAMES = {
@@ -53,7 +51,6 @@ _NAMES = {
     "penalty": ["Penalty"],
     "rescale": ["rescale"],
     "train": ["FitReport", "fit"],
-    "tune": ["tune"],
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

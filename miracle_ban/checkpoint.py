@@ -41,7 +41,7 @@ def read(path: Path, *, stage: str, expected: dict[str, Any]) -> dict[str, Any] 
 
     Args:
         path: the file.
-        stage: "fit", "harden", "encode", "packaged", "rescale" or "tune": what the checkpoint must be of.
+        stage: "fit", "harden", "encode", "packaged" or "rescale": what the checkpoint must be of.
         expected: settings that must be the same as when it was written.
 
     Raises:

@@ -1,6 +1,6 @@
 """The whole of it in one call: a trained network becomes an archive, by what its user can give.
 
-Leans on `encode`, `tune`, `rescale`, `harden`, `train` and `reconstruct`.
+Leans on `encode`, `rescale`, `harden`, `train` and `reconstruct`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,11 @@ from .plan import carries_names, check_seed, side_bits, skeleton
 from .reconstruct import Reconstruction
 from .rescale import rescale
 from .train import BLOCK_BITS, Loss, fit, index_budget_bits, seeded
-from .tune import tune
 
-STAGES = ("fit", "harden", "encode", "packaged", "rescale", "tune")  # endings of their checkpoints' names
-_BITS_TO_PACKAGE_FIRST = 0.5  # a weight; by hand, between a ResNet-20 in 40,000 bytes (1.2) and LeNet-5 in 1,140 (0.02)
-_BITS_TO_HARDEN = 0.02  # a weight; a VGG-16 in 70,000 bytes has 0.04
-_MEMORY_TO_TUNE = 12  # the path is searched some hundred times
-_EPOCHS_TO_HARDEN = 20.0
+STAGES = ("fit", "harden", "encode", "packaged", "rescale")  # endings of their checkpoints' names
+_BITS_TO_HARDEN = 0.02  # a weight; a VGG-16 in 45,000 bytes has that
+_BYTES_TO_HARDEN = 4_000  # by hand, between 784, where posteriors were better, and the smallest file of a ResNet-20, 25,000
+_EPOCHS_TO_HARDEN = 5.0  # by hand: after 6 a ResNet-20 is within half a point of where 110 lead, after 2 a small network was not there
 # by hand: a VGG-16 at 0.02 bits a weight gained half a point by it, ResNets at half a bit and more gained nothing
 _BITS_NOT_TO_RESCALE = 0.25  # a weight
 _RESCALING = 0.01  # epochs of it, for each of hardening; one at least
@@ -58,7 +56,6 @@ def compress(
     context: Any = None,
     where: Callable[[str, nn.Module], bool] | None = None,
     per_unit: bool = False,
-    package_first: bool | None = None,
     hardened: bool | None = None,
     noise: Mapping[str, torch.Tensor] | None = None,
     checkpoint: str | Path | None = None,
@@ -71,15 +68,14 @@ def compress(
     Without `batches` nothing is trained: the noise that the budget asks for is shared out over the weights as they are, and each
     layer is made to repair what the coding of those before it did (`reconstruct`). With `batches`, networks with BatchNorms are trained
     under the noise of the code (`harden`) and packaged so, and below a quarter of a bit a weight the sizes of their units are trained
-    last of all (`rescale`); others are packaged first and then trained inside their file (`tune`) from half a bit a weight on, and
-    below posteriors are trained and then packaged (`fit`, `encode`).
+    last of all (`rescale`); of others posteriors are trained and then packaged (`fit`, `encode`).
 
     Args:
         net: a trained network, or its state dict alone (then nothing can be measured, and errors are far larger); left alone.
         batches: iterable of (inputs, targets): the training set; None if there is none.
         loss: `loss(outputs, targets)` -> mean negative log-likelihood of the batch, nats.
         budget: size of the whole file, bytes or text such as "20 kB".
-        epochs: passes over `batches`, in `fit`, `harden` or `tune`.
+        epochs: passes over `batches`, in `fit` or `harden`.
         coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README).
         seed: as in `encode`.
         inputs: what layers are measured on, unless posteriors are trained: a tensor of examples, or an iterable of batches (labels are
@@ -87,21 +83,19 @@ def compress(
         context: with `batches`: inputs of the context that the file is for, as in `encode`; trains with attention, on random sets
             of the classes unless `fit_options` gives an `attention`. For several packages of one training, call `fit` and `encode`.
         where, per_unit: as in `convert`.
-        package_first: with `batches`: package the network as it is, instead of training posteriors and packaging them; default if it
-            is hardened, or the budget has half a bit or more for each weight, the coder is the trellis and neither `context` nor
-            `fit_options` are given.
-        hardened: of a network that is packaged so: train it before, under the noise that its code is going to bring (`harden`), and
-            not inside its file. It is trained anew at a large rate; default if it has BatchNorms, there are twenty epochs or more
-            and a fiftieth of a bit for each weight.
+        hardened: with `batches`: train the network under the noise that its code is going to bring (`harden`) and package what comes of
+            it, instead of training posteriors and packaging them. It is trained anew at a large rate; default if it has BatchNorms,
+            there are five epochs or more, 4,000 bytes and a fiftieth of a bit for each weight, the coder is the trellis and neither
+            `context` nor `fit_options` are given.
         noise: without `batches`, of a network that `harden` trained: what it says under "noise".
         checkpoint: where the state is kept; interrupted work resumes from "<checkpoint>.fit", ".harden", ".encode",
-            ".packaged", ".rescale" and ".tune".
+            ".packaged" and ".rescale".
         fit_options, encode_options: further keyword arguments of `fit` and `encode`.
         progress: show progress bars on stderr.
 
     Returns:
-        The archive; `archive.info["fit"]` is the `FitReport` as a dictionary, `archive.info["tune"]`, `archive.info["harden"]` and
-        `archive.info["rescale"]` what those say.
+        The archive; `archive.info["fit"]` is the `FitReport` as a dictionary, `archive.info["harden"]` and `archive.info["rescale"]`
+            what those say.
 
     Raises:
         MiracleError: see `convert`, `fit` and `encode`.
@@ -130,16 +124,10 @@ def compress(
         raise CodingError(
             "noise is of a network that is hardened already: compress(net, inputs=..., noise=..., budget=...), without batches"
         )
-    if package_first is None and hardened:
-        package_first = True
-    hardens = epochs >= _EPOCHS_TO_HARDEN and has_norms(net) if hardened is None else hardened
-    if _packages_first(net, budget, coder, context, fit_options, package_first, hardens):
+    if _hardens(net, budget, epochs, coder, context, fit_options, hardened):
         seen = batches if inputs is None else inputs
         packaging = _Packaging(budget, coder, seed, seen, where, progress, encode_options or {})
-        way = _harden_and_package if hardens else _package_and_tune
-        return way(packaging, net, batches, loss, epochs, _stages(checkpoint))
-    if hardened:
-        raise CodingError("only a network that is packaged first can be hardened: see package_first")
+        return _harden_and_package(packaging, net, batches, loss, epochs, _stages(checkpoint))
     model = convert(net, where=where, per_unit=per_unit)
     stage = _stages(checkpoint)
     common: dict[str, Any] = {"coder": coder, "seed": seed, "progress": progress}
@@ -173,6 +161,7 @@ class _Packaging:
     where: Callable[[str, nn.Module], bool] | None
     progress: bool
     options: dict[str, Any]  # of `encode`
+    seen: list[Any] | None = None  # batches that were taken from `inputs` before
 
     def package(self, net: nn.Module, checkpoint: Path | None, noise: Mapping[str, torch.Tensor] | None = None) -> Archive:
         """The archive of a network as it is; `noise` that it was hardened with."""
@@ -185,6 +174,8 @@ class _Packaging:
 
     def batches(self, net: nn.Module) -> list[Any]:
         """What layers are measured on."""
+        if self.seen is not None:
+            return self.seen
         with seeded(self.seed, torch.device("cpu")):  # a loader may shuffle
             found = made_for(net, seed=self.seed, progress=self.progress) if self.inputs is None else batches_of(self.inputs)
         if not found and type(net) is not nn.Module:
@@ -220,32 +211,34 @@ def _full_precision(net: nn.Module) -> Iterator[None]:
         yield
 
 
-def _packages_first(
+def _hardens(
     net: nn.Module,
     budget: str | int,
+    epochs: float,
     coder: str | coders.Coder,
     context: Any,
     fit_options: dict[str, Any] | None,
     wanted: bool | None,
-    hardens: bool,
 ) -> bool:
-    """`package_first`, or whether the budget has enough bits for each weight and nothing is asked for that only `fit` can do."""
+    """`hardened`, or whether that suits the network, there is enough of everything, and nothing is asked for that only `fit` can do."""
     name = coder if isinstance(coder, str) else coder.name
-    others = {"context": context is not None, "fit_options": bool(fit_options)}
+    others = [k for k, given in (("context", context is not None), ("fit_options", bool(fit_options))) if given]
     if wanted and name != "trellis":
-        raise CodingError(f"package_first needs the trellis coder, not {name!r}")
-    if wanted and any(others.values()):
-        raise CodingError(f"package_first does not go with {' and '.join(k for k, given in others.items() if given)}")
-    least = _BITS_TO_HARDEN if hardens else _BITS_TO_PACKAGE_FIRST
-    enough = 8.0 * parse_bytes(budget) >= least * sum(p.numel() for p in net.parameters())
-    return enough and name == "trellis" and not any(others.values()) if wanted is None else wanted
+        raise CodingError(f"hardening needs the trellis coder, not {name!r}")
+    if wanted and others:
+        raise CodingError(f"hardened=True does not go with {' and '.join(others)}")
+    if wanted is not None:
+        return wanted
+    size = parse_bytes(budget)
+    enough = size >= max(_BYTES_TO_HARDEN, _BITS_TO_HARDEN / 8.0 * sum(p.numel() for p in net.parameters()))
+    return has_norms(net) and epochs >= _EPOCHS_TO_HARDEN and enough and name == "trellis" and not others
 
 
 def _harden_and_package(
     packaging: _Packaging, net: nn.Module, batches: Iterable, loss: Loss, epochs: float, stages: dict[str, Path | None]
 ) -> Archive:
     """`compress` by packaging what was trained for it."""
-    packaging = replace(packaging, inputs=packaging.batches(net))
+    packaging = replace(packaging, seen=packaging.batches(net))
     with _full_precision(net):
         model, _, plan = packaging.plan(net, rehearsed=False)
     bits = {name: v for name, v in plan.kl_bits.items() if posteriors(model)[name].mean.dim() > 1}
@@ -267,7 +260,7 @@ def _harden_and_package(
             packaged,
             net,
             batches,
-            None if _gives_a_tensor(net, packaging.inputs) else loss,
+            None if _gives_a_tensor(net, packaging.batches(net)) else loss,
             budget=packaging.budget,
             epochs=max(1.0, _RESCALING * epochs),
             seed=packaging.seed,
@@ -276,19 +269,6 @@ def _harden_and_package(
         )
     archive.info = {**packaged.info, **archive.info, "harden": course}
     _forget(stages, "harden", "encode", "packaged", "rescale")
-    return archive
-
-
-def _package_and_tune(
-    packaging: _Packaging, net: nn.Module, batches: Iterable, loss: Loss, epochs: float, stages: dict[str, Path | None]
-) -> Archive:
-    """`compress` by packaging and training inside the file."""
-    if isinstance(packaging.coder, str):
-        packaging = replace(packaging, coder=coders.Trellis(memory=_MEMORY_TO_TUNE))
-    packaged = _packaged(packaging, net, stages)
-    archive = tune(packaged, net, batches, loss, epochs=epochs, seed=packaging.seed, checkpoint=stages["tune"], progress=packaging.progress)
-    archive.info = {**packaged.info, **archive.info}
-    _forget(stages, "encode", "packaged", "tune")
     return archive
 
 

@@ -1,6 +1,6 @@
 """A course of training that can be interrupted: steps under a progress bar, a history, a checkpoint after every pass.
 
-`fit`, `harden`, `tune` and `rescale` say what a step is; what is around the steps is here. Leans on `checkpoint`, `distributed` and `feed`.
+`fit`, `harden` and `rescale` say what a step is; what is around the steps is here. Leans on `checkpoint`, `distributed` and `feed`.
 """
 
 from __future__ import annotations

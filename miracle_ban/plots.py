@@ -167,28 +167,23 @@ def draw_archive(figure: Any, *, title: str, names: Sequence[str], bits: Sequenc
     draw_histogram(right, codeword_bits, "codeword of a block, bits")
 
 
-def draw_steps(figure: Any, history: Sequence[dict[str, float]]) -> None:
-    """How `harden` or `tune` went: the loss, and of the latter the share of the weights that each search changed."""
-    step = [row["step"] for row in history]
-    curves = [([row["loss"] for row in history], "loss, nats per example")]
-    if "changed" in history[0]:
-        curves.append(([100.0 * row["changed"] for row in history], "weights changed by a search, %"))
-    for axis, (values, label) in zip(np.atleast_1d(figure.subplots(1, len(curves))), curves, strict=True):
-        axis.plot(step, values, lw=1.4, color=_BLUE)
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
-        _plain(axis)
+def draw_losses(axis: Any, history: Sequence[dict[str, float]]) -> None:
+    """How `harden` went."""
+    axis.plot([row["step"] for row in history], [row["loss"] for row in history], lw=1.4, color=_BLUE)
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss, nats per example")
+    _plain(axis)
 
 
 def draw_report(figure: Any, *, title: str, info: dict[str, Any]) -> None:
     """A report of `compress`: training curves, bits of each tensor, and KL of each block where the report has it."""
     figure.suptitle(title)
     upper, lower = figure.subfigures(2, 1, height_ratios=(2, 3))
-    fit, other = info.get("fit") or {}, info.get("tune") or info.get("harden") or {}
+    fit, hardened = info.get("fit") or {}, info.get("harden") or {}
     if fit.get("history"):
         draw_curves(upper.subplots(1, 3), fit["history"], fit.get("budget_bytes"))
-    elif other.get("history"):
-        draw_steps(upper, other["history"])
+    elif hardened.get("history"):
+        draw_losses(upper.subplots(), hardened["history"])
     histograms = [(info[key], label) for key, label in _BLOCK_COLUMNS if info.get(key)]
     axes = np.atleast_1d(lower.subplots(1, 1 + len(histograms[:2])))
     if info.get("tensors"):

@@ -74,13 +74,6 @@ def untrained(folder: Path, checkpoint: Path | None) -> None:
     miracle_ban.save(archive, folder / FILE)
 
 
-def tuned(folder: Path, checkpoint: Path | None) -> None:
-    """Packaged, then trained inside the file."""
-    options = {"budget": 200, "epochs": 40, "coder": TRELLIS, "checkpoint": checkpoint, **QUIET}
-    archive = miracle_ban.compress(network(), loader(), F.cross_entropy, **options)
-    miracle_ban.save(archive, folder / FILE)
-
-
 def hardened(folder: Path, checkpoint: Path | None) -> None:
     """Trained under noise, packaged and, with a fifth of a bit a weight, rescaled."""
     options = {"budget": 200, "epochs": 30, "hardened": True, "coder": TRELLIS, "checkpoint": checkpoint, **QUIET}
@@ -110,7 +103,7 @@ def overwritten(folder: Path, _: Path | None) -> None:
 
 JOBS: dict[str, Callable[[Path, Path | None], None]] = {
     "gprs": trained("gprs"), "trellis": trained(TRELLIS), "gprs, per unit": trained("gprs", per_unit=True),
-    "trellis, per unit": trained(TRELLIS, per_unit=True), "untrained": untrained, "tuned": tuned, "hardened": hardened,
+    "trellis, per unit": trained(TRELLIS, per_unit=True), "untrained": untrained, "hardened": hardened,
     "attention": specialised,
     "save": overwritten,
 }  # fmt: skip

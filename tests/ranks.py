@@ -178,7 +178,7 @@ def attending(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def hardening(rank: int, folder: Path) -> dict[str, Any]:
-    """`harden`, with statistics of norms; then `tune` and `rescale` of what was packaged alike."""
+    """`harden`, with statistics of norms; then `rescale` of what was packaged alike."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
     told: dict[str, Any] = {}
@@ -186,11 +186,9 @@ def hardening(rank: int, folder: Path) -> dict[str, Any]:
         hardened, course = miracle_ban.harden(net, batches, F.cross_entropy, bits=300, epochs=6, **QUIET)
         with distributed.apart():
             archive = miracle_ban.compress(hardened.eval(), inputs=IMAGES, budget=200, coder=TRELLIS, **QUIET)
-        tuned = miracle_ban.tune(archive, net, batches, F.cross_entropy, epochs=20, learning_rate=0.1, **QUIET)
         rescaled = miracle_ban.rescale(archive, hardened.eval(), batches, budget=200, epochs=20, **QUIET)
         told[name] = {
             "weights": helpers.digest(hardened.state_dict()), "history": course["history"], "steps": course["steps"],
-            "file": sha(tuned.to_bytes()), "changed": tuned.to_bytes() != archive.to_bytes(), "tuned": tuned.info["tune"]["history"],
             "rescaled": [sha(rescaled.to_bytes()), rescaled.info["rescale"]["history"], rescaled.info["rescale"]["changed"]],
         }  # fmt: skip
     return told

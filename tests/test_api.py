@@ -24,7 +24,7 @@ ORDER = [
     "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "network", "load", "distributed",
     "gaussian", "coders", "layers", "structure", "convert", "inputs", "teaching", "measure", "priors", "reconstruct", "ban",
     "recursion", "checkpoint", "feed", "course", "plan", "objective", "train", "penalty", "noise", "graphs", "harden", "packing",
-    "block_packing", "trellis_packing", "tune", "rescale", "encode", "compress", "hub", "sources", "plots", "demo", "listing", "cli",
+    "block_packing", "trellis_packing", "rescale", "encode", "compress", "hub", "sources", "plots", "demo", "listing", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}
 
@@ -35,7 +35,6 @@ SIGNATURES = {
     "encode": ["model", "batches", "loss", "*", "coder", "seed"],
     "compress": ["net", "batches", "loss", "*", "budget"],
     "harden": ["net", "batches", "loss", "*", "bits", "epochs"],
-    "tune": ["archive", "net", "batches", "loss", "*", "epochs"],
     "rescale": ["archive", "net", "batches", "loss", "*", "budget", "epochs"],
     "save": ["archive", "path"],
     "open": ["path"],

@@ -423,7 +423,7 @@ def test_unknown_coders_are_refused(bnn):
 
 def test_compress_is_the_three_steps_in_one(trained_net, batches, tmp_path):
     before = helpers.weight_state(trained_net)
-    options = {"package_first": False, "encode_options": {"rounds": 4, "refine_steps": 5}}
+    options = {"encode_options": {"rounds": 4, "refine_steps": 5}}
     warnings.simplefilter("ignore", MiracleWarning)  # of a few bytes over
     archive = compress(trained_net, batches, F.cross_entropy, budget="180 B", epochs=20, checkpoint=tmp_path / "state", **options, **QUIET)
     assert helpers.same_state(trained_net.state_dict(), before)

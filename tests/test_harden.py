@@ -187,7 +187,7 @@ def test_compress_hardens_and_then_packages(trained_net, batches, tmp_path):
     options = {"budget": 230, "epochs": 5, "coder": Trellis(memory=8), **QUIET}
     archive = compress(trained_net, batches, F.cross_entropy, hardened=True, checkpoint=tmp_path / "state", **options)
     assert archive.info["harden"]["steps"] == 5 * len(batches)
-    assert "tune" not in archive.info
+    assert "fit" not in archive.info
     assert len(archive.to_bytes()) <= 230
     assert not list(tmp_path.iterdir())
     untrained = compress(trained_net, inputs=batches, budget=230, coder=Trellis(memory=8), **QUIET)
@@ -230,11 +230,22 @@ def test_the_bits_follow_from_the_budget(trained_net, batches, monkeypatch):
     assert 0 < given[230][0] < 8 * 230 < given[400][0] < 8 * 400
 
 
-def test_networks_with_norms_are_hardened_where_there_are_passes_enough(trained_net, batches):
-    options = {"budget": 700, "coder": Trellis(memory=8), **QUIET}
-    assert compress(normed(), batches, F.cross_entropy, epochs=20, **options).info["harden"]["steps"] == 20 * len(batches)
-    for net, epochs, hardened in ((normed(), 20, False), (normed(), 19, None), (trained_net, 20, None)):
-        assert "tune" in compress(net, batches, F.cross_entropy, epochs=epochs, hardened=hardened, **options).info
+def test_large_networks_with_norms_are_hardened_where_there_are_passes_enough(trained_net, batches, monkeypatch):
+    module = importlib.import_module("miracle_ban.compress")
+    monkeypatch.setattr(module, "_harden_and_package", lambda *_: "hardened")
+    monkeypatch.setattr(module, "fit", lambda *_, **__: 1 / 0)
+
+    def hardens(net, **options) -> bool:
+        try:
+            return compress(net, batches, F.cross_entropy, **{"epochs": 5, "budget": 4000, **options}, **QUIET) == "hardened"
+        except ZeroDivisionError:
+            return False
+
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 27_000), nn.BatchNorm1d(27_000))  # 1.8 million weights
+    assert hardens(normed())
+    assert not any(hardens(normed(), **o) for o in ({"epochs": 4}, {"budget": 3999}, {"hardened": False}, {"coder": "gprs"}))
+    assert [hardens(wide, budget=b) for b in (4440, 4540)] == [False, True]
+    assert [hardens(trained_net, hardened=h) for h in (None, True)] == [False, True]
 
 
 def test_errors_say_what_is_wrong(trained_net, batches):
@@ -252,5 +263,7 @@ def test_errors_say_what_is_wrong(trained_net, batches):
         harden(trained_net, batches, lambda out, y: F.cross_entropy(out, y).detach(), bits=BITS, **QUIET)
     with pytest.raises(CodingError, match="hardening needs a training set"):
         compress(trained_net, budget=230, hardened=True, **QUIET)
-    with pytest.raises(CodingError, match="only a network that is packaged first can be hardened"):
-        compress(trained_net, batches, F.cross_entropy, budget=70, hardened=True, package_first=False, **QUIET)
+    with pytest.raises(CodingError, match="hardening needs the trellis coder, not 'gprs'"):
+        compress(trained_net, batches, F.cross_entropy, budget=230, hardened=True, coder="gprs", **QUIET)
+    with pytest.raises(CodingError, match="hardened=True does not go with context and fit_options"):
+        compress(trained_net, batches, F.cross_entropy, budget=230, hardened=True, context=1, fit_options={"seed": 1}, **QUIET)

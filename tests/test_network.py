@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from miracle_ban import compress, convert, decode, harden, load, rescale, save, tune
+from miracle_ban import compress, convert, decode, harden, load, rescale, save
 from miracle_ban.errors import MiracleWarning, MismatchError, UnsupportedModelError
 from miracle_ban.network import copied, tensors, unwrapped
 
@@ -60,7 +60,6 @@ def test_every_way_takes_a_network_in_its_wrapper(packaged, trained_net, batches
     """And does with it what it does with the network inside."""
     for net in (trained_net, wrap(trained_net)):
         files = [
-            tune(packaged, net, batches, F.cross_entropy, epochs=1, **QUIET),
             rescale(packaged, net, batches, epochs=1, **QUIET),
             compress(net, inputs=batches, budget=helpers.PACKAGED, coder="gprs", **QUIET),
         ]
