@@ -161,8 +161,8 @@ def _add_compress(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--budget", required=True, metavar="SIZE", help='of the whole file: bytes, "20 kB", "3 MB"')
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mban")
     command.add_argument("--epochs", type=_positive, default=30.0, help="passes over the data in training (default 30)")
-    hardened = "with --data: train under the noise of the code and then package, instead of training posteriors or inside the file"
-    hardened += " (default: with BatchNorms and 20 epochs or more)"
+    hardened = "with --data: train under the noise of the code and then package, instead of training posteriors"
+    hardened += " (default: with BatchNorms, from 4,000 bytes and 5 epochs on)"
     command.add_argument("--hardened", action=argparse.BooleanOptionalAction, default=None, help=hardened)
     command.add_argument("--coder", choices=tuple(coders.IDS), default="trellis", help="default %(default)s")
     command.add_argument("--seed", type=_seed, default=0, help="of training and of the file's randomness")

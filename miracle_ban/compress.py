@@ -272,17 +272,12 @@ def _harden_and_package(
     return archive
 
 
-def _packaged(
-    packaging: _Packaging, net: nn.Module, stages: dict[str, Path | None], noise: Mapping[str, torch.Tensor] | None = None
-) -> Archive:
+def _packaged(packaging: _Packaging, net: nn.Module, stages: dict[str, Path | None], noise: Mapping[str, torch.Tensor]) -> Archive:
     """`_Packaging.package`, kept in a file of its own for what comes after."""
     file = stages["packaged"]
     if file is None:
         return packaging.package(net, None, noise)
-    settings = {
-        "budget_bytes": parse_bytes(packaging.budget), "seed": packaging.seed, "names": packaging.options.get("names"),
-        "hardened": noise is not None,
-    }  # fmt: skip
+    settings = {"budget_bytes": parse_bytes(packaging.budget), "seed": packaging.seed, "names": packaging.options.get("names")}
     saved = checkpoints.read(file, stage="packaged", expected=settings)
     if saved is None:
         packaged = packaging.package(net, stages["encode"], noise)

@@ -248,6 +248,26 @@ def test_large_networks_with_norms_are_hardened_where_there_are_passes_enough(tr
     assert [hardens(trained_net, hardened=h) for h in (None, True)] == [False, True]
 
 
+class Summing(nn.Module):
+    """Takes a list of inputs, as networks of several inputs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = normed()
+
+    def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        return self.inner(inputs[0] + inputs[1])
+
+
+def test_batches_of_several_inputs_go_through_all_stages(batches, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("miracle_ban.compress"), "_BITS_NOT_TO_RESCALE", 9.0)
+    pairs = [([0.5 * x, 0.5 * x], y) for x, y in batches]
+    options = {"budget": 230, "epochs": 6, "hardened": True, "coder": Trellis(memory=8), **QUIET}
+    archive = compress(Summing(), pairs, F.cross_entropy, **options)
+    assert archive.size_bytes <= 230
+    assert {"harden", "rescale"} <= set(archive.info)
+
+
 def test_errors_say_what_is_wrong(trained_net, batches):
     with pytest.raises(MiracleError, match="noise is wanted for 'fc9', which is no parameter of TinyNet"):
         harden(trained_net, batches, F.cross_entropy, bits=BITS, names=["fc9"], **QUIET)
