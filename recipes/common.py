@@ -115,12 +115,6 @@ def _unpack(path: Path) -> np.ndarray:
     return mosaic.reshape(rows, 32, columns, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
 
 
-def whole(data: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """All training images with their labels, validation images too: for what is kept when its settings are chosen."""
-    images, labels = zip(data["train"], data["validation"], strict=True)
-    return torch.cat(images), torch.cat(labels)
-
-
 class Batches:
     """Shuffled batches of images in memory, each image under a small random affine map.
 
@@ -176,17 +170,13 @@ class Scored:
             yield inputs, (labels, scores)
 
 
-def distilled(share: float, temperature: float = 1.0) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]:
-    """Loss: `share` of it the cross-entropy to a teacher's probabilities, the rest that to the labels, nats.
-
-    Scores are divided by `temperature` before, and that part is multiplied by its square (Hinton et al. 2015).
-    """
+def distilled(share: float) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]:
+    """Loss: `share` of it the cross-entropy to a teacher's probabilities (Hinton et al. 2015), the rest that to the labels, nats."""
 
     def loss(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
         labels, scores = targets
         outputs = outputs.float()
-        imitated = F.cross_entropy(outputs / temperature, (scores / temperature).softmax(1))
-        return (1 - share) * F.cross_entropy(outputs, labels) + share * temperature**2 * imitated
+        return (1 - share) * F.cross_entropy(outputs, labels) + share * F.cross_entropy(outputs, scores.softmax(1))
 
     return loss
 

@@ -3,7 +3,7 @@
     python recipes/tables.py [--keep FOLDER]
 
 `--keep FOLDER` copies the best file of each budget from FOLDER to `pretrained/` and writes `pretrained/manifest.json`. "Best"
-is the smallest error on the validation images; the test error is only reported.
+is the smallest error on the validation images, and where those were trained on, too, the first seed; the test error is only reported.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def lenet_table(network: str, float_bytes: int, published: tuple[tuple[int, floa
         sizes = [v["bytes"] for v in lines]
         many = len(lines) > 1
         seeds = f"seed{'s' * many} {', '.join(str(v['seed']) for v in lines)}"
-        name = f"**miracle_ban**, `{coder}`, budget {budget:,}, {epochs:g} epochs, {seeds}"
+        whole = "" if "validation_error" in lines[0] else " of all training images"
+        name = f"**miracle_ban**, `{coder}`, budget {budget:,}, {epochs:g} epochs{whole}, {seeds}"
         each = f" (median of {', '.join(f'{e:.2f}' for e in errors)})" * many
         size = f"**{max(sizes):,}**" + " (largest)" * many
         rows.append(f"| {name} | {size} | {float_bytes / max(sizes):,.0f} | **{median(errors):.2f}**{each} |")
@@ -406,7 +407,8 @@ def keep(folder: Path) -> None:
         for (budget, coder, _), lines in lenet_groups(title).items():
             lenets.setdefault((stem, budget, coder), []).extend(lines)
     for (stem, budget, coder), lines in lenets.items():
-        best = min(lines, key=lambda v: v["validation_error"])
+        whole = [v for v in lines if "validation_error" not in v]
+        best = whole[0] if whole else min(lines, key=lambda v: v["validation_error"])
         name = f"{stem}-mnist-{budget}{'' if coder == 'trellis' else '-' + coder}.mban"
         _keep(folder, best, name, cards, "test error, percent", best["error"], ("input_mean", "input_std"))
     for depth in RESNETS:
