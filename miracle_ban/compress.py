@@ -34,9 +34,9 @@ from .rescale import rescale
 from .train import BLOCK_BITS, Loss, fit, index_budget_bits, seeded
 
 STAGES = ("fit", "harden", "encode", "packaged", "rescale")  # endings of their checkpoints' names
-_BITS_TO_HARDEN = 0.02  # a weight; a VGG-16 in 45,000 bytes has that
+_BITS_TO_HARDEN = 0.02  # a weight; a VGG-16 in 45,000 bytes has 0.024
 _BYTES_TO_HARDEN = 4_000  # by hand, between 784, where posteriors were better, and the smallest file of a ResNet-20, 25,000
-_EPOCHS_TO_HARDEN = 5.0  # by hand: after 6 a ResNet-20 is within half a point of where 110 lead, after 2 a small network was not there
+_EPOCHS_TO_HARDEN = 5.0  # by hand: of 100 steps; 4 brought a small network most of the way that 24 did, 2 did not
 # by hand: a VGG-16 at 0.02 bits a weight gained half a point by it, ResNets at half a bit and more gained nothing
 _BITS_NOT_TO_RESCALE = 0.25  # a weight
 _RESCALING = 0.01  # epochs of it, for each of hardening; one at least
