@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def compress(
 
     Returns:
         The archive; `archive.info["fit"]` is the `FitReport` as a dictionary, `archive.info["harden"]` and `archive.info["rescale"]`
-            what those say.
+        what those say.
 
     Raises:
         MiracleError: see `convert`, `fit` and `encode`.
@@ -118,15 +118,16 @@ def compress(
             raise CodingError("context needs a training set: compress(net, loader, loss, context=inputs, budget=...)")
         if hardened:
             raise CodingError("hardening needs a training set: compress(net, loader, loss, hardened=True, budget=...)")
-        packaging = _Packaging(budget, coder, seed, inputs, where, progress, encode_options or {})
+        measured = _measured_on(net, inputs, seed, progress)
+        packaging = _Packaging(budget, coder, seed, measured, where, progress, encode_options or {})
         return packaging.package(net, _stages(checkpoint)["encode"], noise)
     if noise is not None:
         raise CodingError(
             "noise is of a network that is hardened already: compress(net, inputs=..., noise=..., budget=...), without batches"
         )
     if _hardens(net, budget, epochs, coder, context, fit_options, hardened):
-        seen = batches if inputs is None else inputs
-        packaging = _Packaging(budget, coder, seed, seen, where, progress, encode_options or {})
+        measured = _measured_on(net, batches if inputs is None else inputs, seed, progress)
+        packaging = _Packaging(budget, coder, seed, measured, where, progress, encode_options or {})
         return _harden_and_package(packaging, net, batches, loss, epochs, _stages(checkpoint))
     model = convert(net, where=where, per_unit=per_unit)
     stage = _stages(checkpoint)
@@ -150,18 +151,27 @@ def _stages(checkpoint: str | Path | None) -> dict[str, Path | None]:
     return {stage: None if checkpoint is None else Path(f"{checkpoint}.{stage}") for stage in STAGES}
 
 
+def _measured_on(net: nn.Module, inputs: Any, seed: int, progress: bool) -> list[Any]:
+    """Batches that layers are measured on; made up where the user gives none."""
+    with _full_precision(net), seeded(seed, torch.device("cpu")):  # a loader may shuffle
+        found = made_for(net, seed=seed, progress=progress) if inputs is None else batches_of(inputs)
+    if not found and type(net) is not nn.Module:
+        text = "no random input fits this network: give `inputs`, a batch, so that layers can be measured and corrected"
+        warnings.warn(text, MiracleWarning, stacklevel=4)
+    return found
+
+
 @dataclass(frozen=True)
 class _Packaging:
-    """How a network is packaged without training; the fields are arguments of `compress`."""
+    """How a network is packaged without training; the fields but `batches` are arguments of `compress`."""
 
     budget: str | int
     coder: str | coders.Coder
     seed: int
-    inputs: Any
+    batches: list[Any]  # what layers are measured on
     where: Callable[[str, nn.Module], bool] | None
     progress: bool
     options: dict[str, Any]  # of `encode`
-    seen: list[Any] | None = None  # batches that were taken from `inputs` before
 
     def package(self, net: nn.Module, checkpoint: Path | None, noise: Mapping[str, torch.Tensor] | None = None) -> Archive:
         """The archive of a network as it is; `noise` that it was hardened with."""
@@ -172,22 +182,10 @@ class _Packaging:
                 options["reconstruction"] = reconstruction
             return encode(model, coder=coder, seed=self.seed, budget=self.budget, **options)
 
-    def batches(self, net: nn.Module) -> list[Any]:
-        """What layers are measured on."""
-        if self.seen is not None:
-            return self.seen
-        with seeded(self.seed, torch.device("cpu")):  # a loader may shuffle
-            found = made_for(net, seed=self.seed, progress=self.progress) if self.inputs is None else batches_of(self.inputs)
-        if not found and type(net) is not nn.Module:
-            text = "no random input fits this network: give `inputs`, a batch, so that layers can be measured and corrected"
-            warnings.warn(text, MiracleWarning, stacklevel=6)
-        return found
-
     def plan(
         self, net: nn.Module, noise: Mapping[str, torch.Tensor] | None = None, *, rehearsed: bool = True
     ) -> tuple[nn.Module, coders.Coder, Reconstruction]:
         """The converted network with posteriors for the budget, the coder and what the posteriors come from."""
-        batches = self.batches(net)
         model = convert(net, where=self.where, per_unit=True)
         budget_bits = 8.0 * parse_bytes(self.budget)
         coder = coders.get(self.coder) if isinstance(self.coder, str) else self.coder
@@ -195,7 +193,7 @@ class _Packaging:
         names = carries_names(self.options.get("names"), model, budget_bits)
         side = side_bits(skeleton(model, coder=coder, seed=self.seed, names=names))
         goal = index_budget_bits(parse_bytes(self.budget), side)
-        reconstruction = Reconstruction(model, batches, noise)
+        reconstruction = Reconstruction(model, self.batches, noise)
         memory = float(coder.memory or BLOCK_BITS) if isinstance(coder, coders.Trellis) else BLOCK_BITS
         reconstruction.plan(goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), memory=memory, seed=self.seed, rehearsed=rehearsed)
         return model, coder, reconstruction
@@ -229,16 +227,18 @@ def _hardens(
         raise CodingError(f"hardened=True does not go with {' and '.join(others)}")
     if wanted is not None:
         return wanted
-    size = parse_bytes(budget)
-    enough = size >= max(_BYTES_TO_HARDEN, _BITS_TO_HARDEN / 8.0 * sum(p.numel() for p in net.parameters()))
+    enough = parse_bytes(budget) >= _BYTES_TO_HARDEN and _bits_a_weight(budget, net) >= _BITS_TO_HARDEN
     return has_norms(net) and epochs >= _EPOCHS_TO_HARDEN and enough and name == "trellis" and not others
+
+
+def _bits_a_weight(budget: str | int, net: nn.Module) -> float:
+    return 8.0 * parse_bytes(budget) / max(sum(p.numel() for p in net.parameters()), 1)
 
 
 def _harden_and_package(
     packaging: _Packaging, net: nn.Module, batches: Iterable, loss: Loss, epochs: float, stages: dict[str, Path | None]
 ) -> Archive:
     """`compress` by packaging what was trained for it."""
-    packaging = replace(packaging, seen=packaging.batches(net))
     with _full_precision(net):
         model, _, plan = packaging.plan(net, rehearsed=False)
     bits = {name: v for name, v in plan.kl_bits.items() if posteriors(model)[name].mean.dim() > 1}
@@ -255,12 +255,12 @@ def _harden_and_package(
     )
     packaged = _packaged(packaging, net, stages, course.pop("noise"))
     archive = packaged
-    if 8.0 * parse_bytes(packaging.budget) < _BITS_NOT_TO_RESCALE * sum(p.numel() for p in net.parameters()):
+    if _bits_a_weight(packaging.budget, net) < _BITS_NOT_TO_RESCALE:
         archive = rescale(
             packaged,
             net,
             batches,
-            None if _gives_a_tensor(net, packaging.batches(net)) else loss,
+            None if _gives_a_tensor(net, packaging.batches) else loss,
             budget=packaging.budget,
             epochs=max(1.0, _RESCALING * epochs),
             seed=packaging.seed,

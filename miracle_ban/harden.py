@@ -26,7 +26,7 @@ from .course import Row, check_loss, run, warm_cosine
 from .errors import MiracleError
 from .feed import Feed
 from .graphs import Recorded
-from .network import copied, unwrapped
+from .network import copied
 from .noise import Noise
 from .train import LOG_EVERY, Loss, seeded
 
@@ -85,7 +85,7 @@ def harden(
         raise MiracleError(f"epochs must be positive, not {epochs}")
     if not (math.isfinite(bits) and bits > 0):
         raise MiracleError(f"bits must be positive, not {bits}")
-    model = copied(unwrapped(net)).float().train()
+    model = copied(net).float().train()
     if not any(p.requires_grad for p in model.parameters()):
         raise MiracleError(f"no parameter of {type(net).__name__} wants a gradient: net.requires_grad_() before hardening")
     own = dict(model.named_parameters())

@@ -110,8 +110,9 @@ def restore(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = Tru
     """
     model = unwrapped(model)
     own = model.state_dict()
-    if any(t.is_meta for t in tensors(model).values()):
+    others = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
+    if any(t.is_meta for name, t in own.items() if name not in others):
         raise MismatchError(f"this {type(model).__name__} is on the meta device and has no weights to overwrite: build it on the cpu")
-    versioned = OrderedDict({name: value for name, value in own.items() if not isinstance(value, Tensor)} | dict(state))
+    versioned = OrderedDict(others | dict(state))
     versioned._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(versioned, strict=strict)

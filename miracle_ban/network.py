@@ -26,11 +26,12 @@ def tensors(net: nn.Module) -> dict[str, Tensor]:
 
 
 def copied(net: nn.Module) -> nn.Module:
-    """A copy of a network; what a hook has computed from parameters, such as the weight of `weight_norm`, is computed again.
+    """A copy of a network, out of its wrapper; what a hook has computed, such as the weight of `weight_norm`, is computed again.
 
     Raises:
         UnsupportedModelError: a part of it cannot be copied.
     """
+    net = unwrapped(net)
     held = (t for m in net.modules() for t in (*vars(m).values(), *m._buffers.values()))
     computed = [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
     try:

@@ -30,7 +30,7 @@ from .course import Row, check_loss, run, warm_cosine
 from .errors import CodingError, MiracleError
 from .feed import Feed
 from .load import decode, restore
-from .network import copied, unwrapped
+from .network import copied
 from .teaching import imitation
 from .train import LOG_EVERY, Loss, seeded
 
@@ -88,7 +88,7 @@ def rescale(
             raise MiracleError(f"{name} must be positive, not {value}")
     limit = archive.size_bytes if budget is None else parse_bytes(budget)
     archive = copy.deepcopy(archive)
-    weights, model = decode(archive, net), copied(unwrapped(net)).float().eval()
+    weights, model = decode(archive, net), copied(net).float().eval()
     teacher = copy.deepcopy(model).requires_grad_(False) if loss is None else None
     restore(model, weights)
     device = next(model.parameters()).device

@@ -138,13 +138,14 @@ def main() -> None:
         return Batches(*data["train"], size=BATCH, mean=INPUT_MEAN, std=INPUT_STD, distortion=distortion)
 
     args.work.mkdir(parents=True, exist_ok=True)
-    stem = f"{args.network}-mnist-{parse_bytes(args.budget)}{'-whole' if args.whole else ''}-s{args.seed}"
+    run = f"{'whole-' if args.whole else ''}s{args.seed}"
+    stem = f"{args.network}-mnist-{parse_bytes(args.budget)}-{run}"
     posteriors = args.work / f"{stem}-{args.epochs:g}-{args.weights_per_bit:g}-{args.distil:g}-{args.distortion:g}-{args.coder}.posteriors"
     output = args.output or args.work / f"{stem}.mban"
 
     started = time.monotonic()
     title, make = NETWORKS[args.network]
-    kept = args.work / f"float-{'' if make is LeNet5 else args.network + '-'}{'whole-' if args.whole else ''}s{args.seed}.pt"
+    kept = args.work / f"float-{'' if make is LeNet5 else args.network + '-'}{run}.pt"
     net = train_float(batches(DISTORTION), epochs=args.float_epochs, seed=args.seed, path=kept, make=make)
     seconds = {"float": time.monotonic() - started}
     float_error = error_percent(net, *data["test"], mean=INPUT_MEAN, std=INPUT_STD)

@@ -223,7 +223,7 @@ def best_path(
     """
     memory, stop = law.memory, law.rate.steps if stop is None else stop
     cuts = list(range(first + SEGMENT, stop - SEGMENT // 2, SEGMENT))
-    side = side_by_side(memory, SEGMENT)
+    side = max(1, min(_ROWS_IN_CACHE >> memory, _PATHS // (SEGMENT << memory)))  # segments that are best searched at once
 
     def joints(some: list[int]) -> list[int]:
         states, _ = search(law, [c - OVERLAP for c in some], 2 * OVERLAP, None, None)
@@ -242,11 +242,6 @@ def best_path(
 
     paths, values = zip(*spread(segments, [*range(0, len(cuts), side), len(cuts)]), strict=True)
     return np.concatenate(paths), sum(values)
-
-
-def side_by_side(memory: int, steps: int) -> int:
-    """How many searches of `steps` steps are best done at once."""
-    return max(1, min(_ROWS_IN_CACHE >> memory, _PATHS // (steps << memory)))
 
 
 def search(law: StepLaw, first: list[int], steps: int, start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor]:
