@@ -1,8 +1,9 @@
 """Inputs for a network that comes without data: random ones, shaped so that its BatchNorms see what they saw in training.
 
-A BatchNorm keeps the mean and variance that its inputs had over the training set. Random inputs are changed by gradient descent
-until a batch of them has these moments in every BatchNorm (Yin et al. 2020, DeepInversion, arXiv 1912.08795, equation 4; Cai et al.
-2020, ZeroQ, arXiv 2001.00281). Leans on `network` and torch.
+Images have the spectrum of natural ones, whose power falls with the square of the frequency (Field 1987). A BatchNorm keeps the mean
+and variance that its inputs had over the training set. Random inputs are changed by gradient descent until a batch of them has these
+moments in every BatchNorm (Yin et al. 2020, DeepInversion, arXiv 1912.08795, equation 4; Cai et al. 2020, ZeroQ, arXiv 2001.00281).
+Leans on `network` and torch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .errors import MiracleError
 from .network import copied
 
 _SIDES = (32, 28, 64, 224, 96, 128, 299, 48, 16, 8)  # of images, pixels, that are tried in turn
-_BATCH, _MOST = 64, 128  # examples: at once, and altogether
+_CHANNELS, _SMALLEST_SIDE = (1, 3), 8  # of images whose pixels a linear layer takes
+_BATCH, _MOST, _MOST_UNMATCHED = 64, 128, 1024  # examples: at once, and altogether where there are BatchNorms and where there are none
 _SMALLEST_BATCH = 4
 _STEPS, _RATE = 120, 0.1  # of matching, by Adam with a falling learning rate
 _WORK = 1.5e13  # floating-point operations that matching may take: two minutes on two cores
@@ -75,11 +77,14 @@ def made_for(net: nn.Module, *, seed: int = 0, progress: bool = True) -> list[An
         return []
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     first = make()
-    if not norms or not first.is_floating_point():
-        return [first, *(make() for _ in range(_MOST // len(first) - 1))]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         _evaluated(net, first)
-    each = 3.0 * counter.get_total_flops() / len(first) * _STEPS  # forward, and backward to the inputs
+    each = counter.get_total_flops() / len(first)
+    if not norms or not first.is_floating_point():
+        layers = sum(p.dim() > 1 for p in net.parameters())  # through as many of which each of them is measured
+        number = int(min(max(_WORK / max(each * layers, 1.0), _MOST), _MOST_UNMATCHED))
+        return [first, *(make() for _ in range(number // len(first) - 1))]
+    each *= 3.0 * _STEPS  # forward, and backward to the inputs
     number = int(min(max(_WORK / max(each, 1.0), _SMALLEST_BATCH), _MOST))
     x = torch.cat([first, *(make() for _ in range(math.ceil(number / len(first)) - 1))])[:number]
     return list(_matched(net, norms, x, progress).split(_BATCH))
@@ -142,16 +147,21 @@ def _maker(net: nn.Module, generator: torch.Generator) -> Callable[[], Tensor] |
     def normals(*shape: int) -> Callable[[], Tensor]:
         return lambda: torch.randn(shape, generator=generator, device="cpu").to(first)
 
+    def images(n: int, channels: int, side: int) -> Callable[[], Tensor]:
+        return lambda: _natural(torch.randn((n, channels, side, side), generator=generator, device="cpu")).to(first)
+
     for layer in net.modules():
         makers: list[Callable[[], Tensor]] = []
         if isinstance(layer, nn.Conv2d):
-            makers = [normals(_BATCH if side < 128 else 8, layer.in_channels, side, side) for side in _SIDES]
+            makers = [images(_BATCH if side < 128 else 8, layer.in_channels, side) for side in _SIDES]
         elif isinstance(layer, nn.Conv1d):
             makers = [normals(_BATCH, layer.in_channels, length) for length in (128, 1024)]
         elif isinstance(layer, nn.Conv3d):
             makers = [normals(4, layer.in_channels, 16, side, side) for side in (32, 112)]
         elif isinstance(layer, nn.Linear):
-            makers = [normals(_BATCH, layer.in_features), normals(16, 16, layer.in_features)]
+            sides = [(n, math.isqrt(layer.in_features // n)) for n in _CHANNELS]
+            flattened = [images(_BATCH, n, side) for n, side in sides if n * side**2 == layer.in_features and side >= _SMALLEST_SIDE]
+            makers = [*flattened, normals(_BATCH, layer.in_features), normals(16, 16, layer.in_features)]
         elif isinstance(layer, nn.RNNBase):
             makers = [normals(16, 16, layer.input_size)]
         elif isinstance(layer, nn.Embedding):
@@ -163,6 +173,14 @@ def _maker(net: nn.Module, generator: torch.Generator) -> Callable[[], Tensor] |
         if makers:
             return None
     return None
+
+
+def _natural(noise: Tensor) -> Tensor:
+    """White noise `[n, channels, h, w]` with the amplitudes of natural images, one over the frequency; variance one."""
+    h, w = noise.shape[-2:]
+    frequency = torch.hypot(torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)[None])
+    x = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency.clamp_min(1.0 / max(h, w)), s=(h, w))
+    return x / x.square().mean().sqrt()
 
 
 def _takes(net: nn.Module, x: Tensor) -> bool:

@@ -18,6 +18,8 @@ from .layers import use_mode
 
 _LARGEST_PART = 4096  # inputs of a layer that are solved for together
 _ROWS, _ROWS_PER_INPUT = 16384, 8  # examples times positions that H is measured on: at least, and for each input
+_LEAST = 1e-12
+_CHUNK, _CHUNKS = 8, 16  # examples that gradients are taken of together, and how often
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 WITH_CHANNELS = (*_CHANNELS_LAST, *_CHANNELS_FIRST)
@@ -138,6 +140,53 @@ def moments(net: nn.Module, modules: set[str], batches: list[Any]) -> tuple[Mome
         for h in hooks:
             h.remove()
     return {n: v[0].moments() for n, v in sums.items()}, {n: v[1].moments() for n, v in sums.items()}
+
+
+@torch.enable_grad()
+def worth(net: nn.Module, batches: list[Any], wanted: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """How much of their own variance noise of variance one in one weight adds to the network's outputs, to first order.
+
+    The diagonal of the Gauss-Newton matrix, by the squares of gradients of the outputs with random signs (Hutchinson's estimate; Martens
+    et al. 2012, arXiv 1206.6464). Of each tensor in `wanted` that the outputs depend on the means over rows `[n]` and over columns `[k]`,
+    of vectors the values and their mean. Empty where there are no gradients to be had.
+    """
+    chunks = [part for batch in batches for part in (batch.split(_CHUNK) if isinstance(batch, Tensor) and batch.dim() else [batch])]
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    values = 0
+    training = net.training
+    net.eval()
+    try:
+        with use_mode(net, "mean"):
+            for chunk in chunks[:: max(len(chunks) // _CHUNKS, 1)]:
+                total: Any = 0.0
+                for y in _with_gradients(through(net, chunk)):
+                    signs = torch.randint(2, y.shape, generator=generator, device="cpu").to(y) * 2.0 - 1.0
+                    total = total + (signs * y).sum() / (y.detach().std(correction=0) + _LEAST)
+                    values += y.numel()
+                if not values:
+                    return {}
+                for name, g in zip(wanted, torch.autograd.grad(total, list(wanted.values()), allow_unused=True), strict=True):
+                    if g is not None:
+                        square = g.float().square()
+                        rows = square if g.dim() < 2 else square.flatten(1).mean(1)
+                        columns = square.mean() if g.dim() < 2 else square.transpose(0, 1).flatten(1).mean(1)
+                        before = found.get(name, (0.0, 0.0))
+                        found[name] = before[0] + rows, before[1] + columns
+    except (MiracleError, RuntimeError):  # a batch that can't be divided, an operation without gradients, too little memory
+        return {}
+    finally:
+        net.train(training)
+    return {name: (rows / values, columns / values) for name, (rows, columns) in found.items() if rows.any()}
+
+
+def _with_gradients(outputs: Any) -> list[Tensor]:
+    """The tensors in what a network returns that gradients can be taken of."""
+    if isinstance(outputs, Tensor):
+        return [outputs] if outputs.requires_grad and outputs.numel() else []
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
+    return [t for part in outputs for t in _with_gradients(part)] if isinstance(outputs, (list, tuple)) else []
 
 
 def through(net: nn.Module, batch: Any) -> Any:

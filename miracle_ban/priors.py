@@ -21,6 +21,7 @@ _FARTHEST, _FARTHEST_ELSEWHERE = 5.0, 3.3  # prior stds that a weight may be awa
 _LARGEST_RATIO = 0.999  # noise over variance
 LEAST = 1e-12
 _FIXED_POINT_STEPS = 30
+_OWN_STEPS, _OVERSHOOT, _SOME_INPUTS = 12, 1.5, 64
 _LEAST_WIDENING, _LARGEST_WIDENING, _WIDENINGS = 0.75, 64.0, 65  # of a prior's variance
 SAMPLE = 1 << 16  # weights that the KL of a tensor is estimated on
 
@@ -66,16 +67,37 @@ def _group_shape(p: Posterior, weights: Tensor) -> list[int]:
     return [-1 if p.per_unit else 1, *[1] * weights.dim()][: weights.dim()]
 
 
-def _mean_noise(p: Posterior, weights: Tensor, precision: Tensor) -> Tensor:
-    """Mean of 1 / `precision` over each group of weights."""
-    noise = precision.reciprocal().expand_as(weights)
-    return (noise.flatten(1).mean(1) if p.per_unit else noise.mean()).reshape(_group_shape(p, weights))
+class _OwnPrior:
+    """The prior's variance for each group of weights, `[groups, 1]`, under noise of variance 1 / (`lam` * `precision`).
 
+    Draws have the variance of the prior, p, if p = sum(a^2 w^2) / sum(a) over the group, a = p / (p + noise): where all weights carry the
+    same noise, what is left of their mean square without it; where some carry more than they are large, what fits the others.
 
-def _prior_and_variance(largest: Tensor, noise: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances of prior and posterior."""
-    prior = largest * (1.0 - (noise / largest).clamp(1e-12, _LARGEST_RATIO))
-    return prior, 1.0 / (precision + 1.0 / prior)
+    Args:
+        most: of a unit's inputs that are looked at; default all.
+    """
+
+    def __init__(self, p: Posterior, weights: Tensor, precision: Tensor, *, corrected: bool, most: int | None = None):
+        self.largest = _largest_variance(p, weights, corrected=corrected).reshape(-1, 1)
+        if p.per_unit:
+            units, inputs = weights.shape[:2]
+            some = slice(None, None, 1 if most is None else -(-inputs // most))
+            precision = precision.expand(units, inputs, *[1] * (weights.dim() - 2)).reshape(units, inputs)[:, some]
+            square = weights.reshape(units, inputs, -1)[:, some].square().mean(2)
+        else:
+            precision, square = precision.expand_as(weights).reshape(1, -1), weights.square().reshape(1, -1)
+        self.square = square * (self.largest / (square.mean(1, keepdim=True) + LEAST))  # as if all were as large as that
+        self.noise = precision.reciprocal()
+
+    def __call__(self, lam: float) -> Tensor:
+        noise = self.noise / lam
+        least = (1.0 - _LARGEST_RATIO) * self.largest
+        prior = torch.maximum(self.largest - torch.minimum(noise, self.largest).mean(1, keepdim=True), least)
+        for _ in range(_OWN_STEPS):
+            gain = prior / (prior + noise)
+            better = (gain.square() * self.square).sum(1, keepdim=True) / (gain.sum(1, keepdim=True) + LEAST)
+            prior = torch.maximum(prior * (better / prior) ** _OVERSHOOT, least)
+        return prior
 
 
 def prior_under(noise: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,10 +122,8 @@ def _kl_nats(square: Tensor, var: Tensor, prior: Tensor) -> Tensor:
 def set_posterior(p: Posterior, weights: Tensor, precision: Tensor, prior: Tensor | None, *, corrected: bool) -> None:
     """Posterior of one tensor, where noise of variance 1 / `precision` may be added to each weight, and its prior unless that is given."""
     if prior is None:
-        variance = _largest_variance(p, weights, corrected=corrected)
-        prior, var = _prior_and_variance(variance, _mean_noise(p, weights, precision), precision)
-    else:
-        var = 1.0 / (precision + 1.0 / prior)
+        prior = _OwnPrior(p, weights, precision, corrected=corrected)(1.0).reshape(_group_shape(p, weights))
+    var = 1.0 / (precision + 1.0 / prior)
     p.mean.copy_(weights * (1.0 - var / prior))
     p.log_std.copy_((0.5 * var.log()).expand_as(weights))
     p.freeze_prior(prior.sqrt())
@@ -114,20 +134,18 @@ class Sampled:
 
     def __init__(self, p: Posterior, weights: Tensor, precision: Tensor, prior: Tensor | None, *, corrected: bool):
         generator = torch.Generator().manual_seed(0)
+        self.own = _OwnPrior(p, weights, precision, corrected=corrected, most=_SOME_INPUTS)
         some = torch.randint(weights.numel(), (SAMPLE,), generator=generator, device="cpu").to(weights.device)
         at = torch.unravel_index(some, weights.shape)
-        variance, noise = _largest_variance(p, weights, corrected=corrected), _mean_noise(p, weights, precision)
-        found = [v.expand_as(weights)[at].double() for v in (weights, precision, variance, noise)]
+        self.weights, self.precision = (v.expand_as(weights)[at].double() for v in (weights, precision))
         self.prior = None if prior is None else prior.expand_as(weights)[at].double()
-        self.weights, self.precision, self.variance, self.noise = found
+        self.group = at[0] if p.per_unit else torch.zeros_like(at[0])
         self.share = SAMPLE / weights.numel()
 
     def kl(self, lam: float) -> float:
         """Nats, at `lam` times the precision."""
-        if self.prior is None:
-            prior, var = _prior_and_variance(self.variance, self.noise / lam, lam * self.precision)
-        else:
-            prior, var = self.prior, 1.0 / (lam * self.precision + 1.0 / self.prior)
+        prior = self.prior if self.prior is not None else self.own(lam)[self.group, 0].double()
+        var = 1.0 / (lam * self.precision + 1.0 / prior)
         return float(_kl_nats((self.weights * (1.0 - var / prior)).square(), var, prior).sum()) / self.share
 
 
