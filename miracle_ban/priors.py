@@ -74,14 +74,14 @@ class _OwnPrior:
     same noise, what is left of their mean square without it; where some carry more than they are large, what fits the others.
 
     Args:
-        most: of a unit's inputs that are looked at; default all.
+        most: of a unit's inputs that are looked at.
     """
 
-    def __init__(self, p: Posterior, weights: Tensor, precision: Tensor, *, corrected: bool, most: int | None = None):
+    def __init__(self, p: Posterior, weights: Tensor, precision: Tensor, *, corrected: bool, most: int = 1024):
         self.largest = _largest_variance(p, weights, corrected=corrected).reshape(-1, 1)
         if p.per_unit:
             units, inputs = weights.shape[:2]
-            some = slice(None, None, 1 if most is None else -(-inputs // most))
+            some = torch.randperm(inputs, generator=torch.Generator().manual_seed(0), device="cpu")[:most].to(weights.device)
             precision = precision.expand(units, inputs, *[1] * (weights.dim() - 2)).reshape(units, inputs)[:, some]
             square = weights.reshape(units, inputs, -1)[:, some].square().mean(2)
         else:
