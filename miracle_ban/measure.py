@@ -177,7 +177,8 @@ def worth(net: nn.Module, batches: list[Any], wanted: dict[str, Tensor]) -> dict
         return {}
     finally:
         net.train(training)
-    return {name: (rows / values, columns / values) for name, (rows, columns) in found.items() if rows.any()}
+    known = {name: v for name, v in found.items() if v[0].any() and torch.isfinite(v[0]).all()}
+    return {name: (rows / values, columns / values) for name, (rows, columns) in known.items()}
 
 
 def _with_gradients(outputs: Any) -> list[Tensor]:
