@@ -81,7 +81,7 @@ class _OwnPrior:
         self.largest = _largest_variance(p, weights, corrected=corrected).reshape(-1, 1)
         if p.per_unit:
             units, inputs = weights.shape[:2]
-            some = torch.randperm(inputs, generator=torch.Generator().manual_seed(0), device="cpu")[:most].to(weights.device)
+            some = torch.randperm(inputs, generator=torch.Generator().manual_seed(0), device="cpu")[:most].sort().values.to(weights.device)
             precision = precision.expand(units, inputs, *[1] * (weights.dim() - 2)).reshape(units, inputs)[:, some]
             square = weights.reshape(units, inputs, -1)[:, some].square().mean(2)
         else:
