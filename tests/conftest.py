@@ -73,7 +73,7 @@ def fitted(trained_net, batches) -> tuple[torch.nn.Module, FitReport]:
 
 @pytest.fixture(scope="session")
 def packaged(trained_net, batches) -> Archive:
-    """The blob network at two thirds of a bit a weight, one frame."""
+    """The blob network at half a bit a weight, one frame."""
     return miracle_ban.compress(trained_net, inputs=batches, budget=helpers.PACKAGED, coder=Trellis(memory=8), progress=False)
 
 
