@@ -194,7 +194,9 @@ class Reconstruction:
         self._output_from_noise(inputs)
         matrices = [name for name, p in held.items() if name in self.owner and p.mean.dim() > 1]
         found = {name: self._own_precision(name, inputs[self.owner[name]][1]) for name in matrices}
-        worth = measure.worth(self.float, self.batches, {name: p.mean for name, p in posteriors(self.float).items() if name in held})
+        settled = set(matrices) <= set(self.noise) and set(held) <= set(self.owner)  # nothing is left that worth would change
+        wanted: dict[str, Tensor] = {} if settled else {name: p.mean for name, p in posteriors(self.float).items() if name in held}
+        worth = measure.worth(self.float, self.batches if wanted else [], wanted)
         level = self._weigh(found, {name: rows for name, (rows, _) in worth.items() if name in found})
         logs = [(held[name].mean.numel(), math.log(held[name].mean[0].numel())) for name in matrices]
         typical = math.exp(_weighted_mean(logs)) if logs else _TYPICAL_INPUTS

@@ -359,7 +359,7 @@ def test_worth_is_what_noise_adds_to_the_outputs(normed):
 
 
 def test_a_recurrent_network_is_measured():
-    """Its weights are of no layer whose outputs are known; without their worth the outputs were wrong by more than they vary."""
+    """Its weights are of no layer whose outputs are known, only what they do to the network's."""
     torch.manual_seed(0)
     net = nn.GRU(8, 16, batch_first=True)
     x = torch.randn(256, 12, 8)
