@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from .train import LOG_EVERY, Loss, seeded
 LEARNING_RATE = 1e-2  # of Adam, for the logarithms
 _BETAS = (0.9, 0.99)
 _FARTHEST = math.log(4.0)  # that a unit may become larger or smaller
+_JUDGED = 64  # batches that the codes before and after are compared on
 
 
 @torch.enable_grad()
@@ -62,7 +63,7 @@ def rescale(
         batches: as in `fit`; without `loss` the targets are ignored.
         loss: as in `fit`; default to imitate the outputs of `net` (`teaching.imitation`), then these must be one tensor.
         budget: size of the whole file, bytes or text such as "20 kB"; default as large as it is. Where the new codes take more, those
-            that change least stay.
+            that change least stay; and all of them, if on 64 batches what is left of the change does no good.
         epochs: passes over `batches`.
         learning_rate: the largest, of the natural logarithms of the sizes; it rises at first and falls to zero as a cosine.
         seed: of the random numbers that the loader draws.
@@ -71,8 +72,8 @@ def rescale(
         progress: show a progress bar on stderr.
 
     Returns:
-        A new archive; `archive.info["rescale"]` has steps, seconds, `history`, rows of step and loss, and the share of the codes
-        that `changed`.
+        A new archive; `archive.info["rescale"]` has steps, seconds, `history`, rows of step and loss, the share of the codes that
+        `changed`, and the loss `before` and with the new codes, `after`, on those batches.
 
     Raises:
         CodingError: nothing in the file can be rescaled, or the checkpoint belongs to another run.
@@ -100,14 +101,19 @@ def rescale(
     scales = _Scales(archive, model)
     if not scales.logs:
         raise CodingError(f"no unit of the file has weights that are parameters of this {type(net).__name__}: there is nothing to rescale")
+    course = _Rescaling(scales, model, feed, loss, teacher, learning_rate, steps)
     with seeded(distributed.own_seed(seed), device):
         history, started = run(
-            _Rescaling(scales, model, feed, loss, teacher, learning_rate, steps), steps, stage="rescale", settings=settings, saved=saved,
-            checkpoint=checkpoint, device=device, started=started, progress=progress,
+            course, steps, stage="rescale", settings=settings, saved=saved, checkpoint=checkpoint, device=device, started=started,
+            progress=progress,
         )  # fmt: skip
-    changed = scales.settle(limit)
+        changed = scales.settle(limit)
+        before, after = course.compare(scales.codes, {name: r.prior_codes for name, r in scales.records.items()})
+    if not after < before:
+        changed = scales.go_back()
     distributed.check_same(zlib.crc32(archive.to_bytes()), "checksum of the archive")
-    archive.info["rescale"] = {"steps": steps, "seconds": time.monotonic() - started, "history": history, "changed": changed}
+    info = {"steps": steps, "seconds": time.monotonic() - started, "history": history}
+    archive.info["rescale"] = {**info, "changed": changed, "before": before, "after": after}
     return archive
 
 
@@ -138,10 +144,14 @@ class _Scales:
 
     def now(self) -> dict[str, Tensor]:
         """The weights that the nearest codes give, with the gradients of those that are wanted."""
+        return self.weights_with({name: self.new_codes(name) for name in self.logs})
+
+    def weights_with(self, codes: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        """The weights that these codes give, with the gradients of those that are wanted."""
         found = {}
         for name, log in self.logs.items():
             weight, old = self.weights[name], self.codes[name]
-            own = prior_std(self.new_codes(name)).astype(np.float64) / prior_std(np.maximum(old, 1))
+            own = prior_std(codes[name]).astype(np.float64) / prior_std(np.maximum(old, 1))
             gain = torch.from_numpy(own).to(weight) * (log - log.detach()).exp()
             if len(gain) > 1:
                 gain = torch.cat([gain, gain.new_zeros(len(weight) - len(gain))])  # of units that were dropped from the file
@@ -174,6 +184,12 @@ class _Scales:
             low = high
         return put(low) / len(order)
 
+    def go_back(self) -> float:
+        """Put the codes as they were into the archive; returns the share of them that differs, none."""
+        for name, record in self.records.items():
+            record.prior_codes = self.codes[name]
+        return 0.0
+
 
 class _Rescaling:
     """The course of `rescale`."""
@@ -197,7 +213,7 @@ class _Rescaling:
     def advance(self) -> Row | None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * warm_cosine(self.step / self.steps)
-        value = self._value(*self.feed.next())
+        value = self._value(self.scales.now(), *self.feed.next())
         check_loss(value)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -214,8 +230,18 @@ class _Rescaling:
         self.losses.clear()
         return row
 
-    def _value(self, inputs: Any, targets: Any) -> Tensor:
-        outputs = functional_call(self.model, self.scales.now(), (inputs,))
+    @torch.no_grad()
+    def compare(self, *codes: Mapping[str, np.ndarray]) -> list[float]:
+        """Mean loss with each of several sets of codes, on the same batches."""
+        self.feed.restart()
+        weights = [self.scales.weights_with(own) for own in codes]
+        count = min(_JUDGED, self.feed.batches_per_pass)
+        batches = (self.feed.next() for _ in range(count))
+        losses = torch.stack([torch.stack([self._value(own, *batch) for own in weights]) for batch in batches])
+        return distributed.mean(losses.mean(0).detach()).tolist()
+
+    def _value(self, weights: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
+        outputs = functional_call(self.model, weights, (inputs,))
         if self.loss is not None:
             return self.loss(outputs, targets)
         assert self.teacher is not None

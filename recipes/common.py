@@ -154,7 +154,10 @@ class Batches:
 
 
 class Scored:
-    """Batches whose targets come with a teacher's class scores: (inputs, (labels, scores `[n, classes]`))."""
+    """Batches whose targets come with a teacher's class scores: (inputs, labels and scores `[n, 1 + classes]`).
+
+    One tensor, so that steps of training can be recorded on a GPU.
+    """
 
     def __init__(self, batches: Sized, teacher: nn.Module):
         self.batches, self.teacher = batches, teacher.eval()
@@ -163,20 +166,23 @@ class Scored:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for inputs, labels in self.batches:  # type: ignore[attr-defined]
             with torch.no_grad():
                 scores = self.teacher(inputs).float()
-            yield inputs, (labels, scores)
+            yield inputs, torch.cat([labels[:, None].to(scores.dtype), scores], 1)
 
 
-def distilled(share: float) -> Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]:
-    """Loss: `share` of it the cross-entropy to a teacher's probabilities (Hinton et al. 2015), the rest that to the labels, nats."""
+def distilled(share: float, temperature: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """Loss on the batches of `Scored`, nats: `share` of it for a teacher's probabilities, the rest for the labels.
 
-    def loss(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-        labels, scores = targets
-        outputs = outputs.float()
-        return (1 - share) * F.cross_entropy(outputs, labels) + share * F.cross_entropy(outputs, scores.softmax(1))
+    Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2: class scores over a temperature T, and T^2 times their cross-entropy.
+    """
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        outputs, labels, scores = outputs.float(), targets[:, 0].long(), targets[:, 1:]
+        taught = F.cross_entropy(outputs / temperature, (scores / temperature).softmax(1))
+        return (1 - share) * F.cross_entropy(outputs, labels) + share * temperature**2 * taught
 
     return loss
 

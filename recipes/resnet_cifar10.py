@@ -7,8 +7,9 @@
 Level "weights" sees the weights alone; "inputs" also 1,024 training images without labels; "data" trains on the training images
 (augmented) under the noise that the code is going to bring and packages what comes of it. Decodes the file in a fresh process, reports
 top-1 and the agreement with the float network on the first 5,000 test images, and appends one line to
-`recipes/results/resnet_cifar10.jsonl`. Nothing is chosen on the test split; the last 5,000 training images are never trained on here
-(but the float networks were trained on them). The float networks are `cifar10-resnets/resnet*.safetensors` in the data folder: the
+`recipes/results/resnet_cifar10.jsonl`. Nothing is chosen on the test split; the last 5,000 training images are only trained on with
+`--whole`, when nothing is left to choose (but the float networks were trained on them). With `--teacher 56` the network also imitates the
+float ResNet-56. The float networks are `cifar10-resnets/resnet*.safetensors` in the data folder: the
 checkpoints of github.com/akamaster/pytorch_resnet_cifar10 without their prefix `module.`.
 """
 
@@ -20,7 +21,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,11 +33,12 @@ import miracle_ban.coders
 from miracle_ban.bits import parse_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import append_result, cifar10, data_root, seconds_taken, weights_digest
+from common import Scored, append_result, cifar10, data_root, distilled, seconds_taken, weights_digest
 
 INPUT_MEAN, INPUT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, PAD = 128, 4
 LEVELS = ("weights", "inputs", "data")
+SHARE, TEMPERATURE = 0.9, 4.0  # of a teacher
 
 
 class Block(nn.Module):
@@ -155,7 +157,9 @@ def main() -> None:
     parser.add_argument("--budget", default="50 kB", help="bytes of the whole file, or text such as '40 kB'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=40, help="of training, level data")
-    parser.add_argument("--float32", dest="bfloat16", action="store_false", help="train in float32; default bfloat16 where it is enough")
+    parser.add_argument("--whole", action="store_true", help="train on the validation images, too, as the float networks were")
+    parser.add_argument("--teacher", type=int, choices=(20, 56), help="depth of a float network to imitate, level data; default none")
+    parser.add_argument("--float32", dest="bfloat16", action="store_false", help="not in bfloat16; faster on CPUs without AMX")
     parser.add_argument("--device", default="cpu", help="of training and packaging, such as cuda")
     parser.add_argument("--data", help="folder that holds cifar10/ and cifar10-resnets/; default $MIRACLE_BAN_DATA, else ./data")
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder of the file and the checkpoints")
@@ -167,19 +171,28 @@ def main() -> None:
         print(json.dumps(measured(args.check, args.depth, root, "test")))
         return
     net = float_network(args.depth, root).to(args.device)
-    data = {part: tuple(t.to(args.device) for t in pair) for part, pair in cifar10(root).items()}
+    data = cifar10(root)
+    images, labels = data["train"]
+    if args.whole:
+        images, labels = (torch.cat([data[part][i] for part in ("train", "validation")]) for i in (0, 1))
+    images, labels = images.to(args.device), labels.to(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
-    stem = args.work / f"resnet{args.depth}-{args.level}-{parse_bytes(args.budget)}-s{args.seed}"
+    run = f"{'whole-' if args.whole else ''}{f'taught-{args.teacher}-' if args.teacher else ''}s{args.seed}"
+    stem = args.work / f"resnet{args.depth}-{args.level}-{parse_bytes(args.budget)}-{run}"
     output = stem.with_suffix(".mban")
     options = {"budget": args.budget, "seed": args.seed}
     if args.smoke:
         options["coder"] = miracle_ban.coders.get("trellis", memory=8)
-    inputs = None if args.level == "weights" else normalised(data["train"][0][: 64 if args.smoke else 1024])
+    inputs = None if args.level == "weights" else normalised(images[: 64 if args.smoke else 1024])
     if args.level == "data":
-        batches = Augmented(*(v[: 2 * BATCH] if args.smoke else v for v in data["train"]))
+        batches: Augmented | Scored = Augmented(*(v[: 2 * BATCH] if args.smoke else v for v in (images, labels)))
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+        if args.teacher:
+            batches = Scored(batches, float_network(args.teacher, root).to(args.device))
+            loss = distilled(SHARE, TEMPERATURE)
         options |= {"epochs": args.epochs, "hardened": True, "checkpoint": stem, "inputs": inputs}
         with torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.bfloat16 else contextlib.nullcontext():
-            archive = miracle_ban.compress(net, batches, F.cross_entropy, **options)
+            archive = miracle_ban.compress(net, batches, loss, **options)
     else:
         archive = miracle_ban.compress(net, inputs=inputs, **options)
     size = miracle_ban.save(archive, output)
@@ -190,10 +203,11 @@ def main() -> None:
         raise SystemExit("a fresh process decoded other weights")
     words = [f"--depth {args.depth} --level {args.level} --budget {args.budget} --seed {args.seed}"]
     if args.level == "data":
-        words.append(f"--epochs {args.epochs:g}")
+        words.append(f"--epochs {args.epochs:g}{' --whole' if args.whole else ''}")
+        words += [f"--teacher {args.teacher}"] if args.teacher else []
     line = {
         "task": f"ResNet-{args.depth} on CIFAR-10", "level": args.level, "bytes": size, **checked,
-        "validation_top1": validation["top1"], "validation_score_error": validation["score_error"],
+        **({} if args.whole else {"validation_top1": validation["top1"], "validation_score_error": validation["score_error"]}),
         "budget": parse_bytes(args.budget), "seed": args.seed,
         "seconds": round(seconds_taken(archive), 1), "sha256": hashlib.sha256(output.read_bytes()).hexdigest(), "file": output.name,
         "command": f"python recipes/resnet_cifar10.py {' '.join(words)}",

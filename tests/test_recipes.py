@@ -110,10 +110,11 @@ def make_cifar10(root: Path) -> None:
 @pytest.mark.parametrize("level", ["inputs", "data"])
 def test_resnet_recipe_writes_a_file_that_a_fresh_process_decodes_to_the_reported_accuracy(level, tmp_path):
     make_cifar10(tmp_path / "data")
-    words = ("--data", tmp_path / "data", "--work", tmp_path)
+    words = ["--data", tmp_path / "data", "--work", tmp_path, *(["--whole", "--teacher", "20"] if level == "data" else [])]
     line = json.loads(
         run_recipe("resnet_cifar10.py", "--smoke", "--level", level, "--epochs", "1", "--budget", "60kB", *words).splitlines()[-1]
     )
+    assert ("validation_top1" in line) == (level != "data")  # those images were trained on
     file = tmp_path / line["file"]
     assert 59_000 < file.stat().st_size == line["bytes"] <= line["budget"]
     if level == "inputs":

@@ -47,6 +47,16 @@ def test_the_file_imitates_its_network_better_and_keeps_to_the_budget(packaged, 
     assert info["steps"] == info["history"][-1]["step"] == 40 * len(batches)
     assert info["history"][-1]["loss"] < info["history"][0]["loss"]
     assert 0 < info["changed"] <= 1
+    for archive, key in ((packaged, "before"), (rescaled, "after")):
+        assert info[key] == pytest.approx(divergence(archive, trained_net, batches), rel=1e-4)
+
+
+def test_where_it_does_no_good_the_file_stays_as_it_was(packaged, trained_net, batches):
+    """At such a rate all sizes end far away."""
+    found = rescale(packaged, trained_net, batches, budget="1 kB", epochs=2, learning_rate=30.0, **QUIET)
+    assert found.info["rescale"]["after"] > found.info["rescale"]["before"]
+    assert found.info["rescale"]["changed"] == 0
+    assert found.to_bytes() == packaged.to_bytes()
 
 
 def test_nothing_but_the_sizes_of_units_changes(packaged, rescaled, trained_net, tmp_path):
