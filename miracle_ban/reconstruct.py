@@ -177,46 +177,26 @@ class Reconstruction:
                 p.mean.copy_(torch.where(p.fixed, p.mean, self.trained[name]))
 
     def _measure(self) -> dict[str, Tensor]:
-        """The precision, for `lam` 1, that each weight is worth: its input's variance over `output`.
-
-        That is the geometric mean of the variances of an output channel and of its layer: on ResNet-20 better than either.
-        """
+        """The precision, for `lam` 1, that each weight is worth: its input's variance over `output`."""
         inputs, self.moments = measure.moments(self.float, set(self.owner.values()), self.batches)
         self.owner = {name: module for name, module in self.owner.items() if module in inputs}
-        for measured, (mean, channels) in self.moments.items():
-            layer = channels.mean()
-            if layer < _ROUNDING * mean.square().mean():  # always the same outputs
-                channels = mean.square()
-                layer = channels.mean()
-            layer = layer.clamp_min(LEAST)
-            self.output[measured] = layer * (channels / layer).clamp_min(_LEAST_CHANNEL).sqrt()
-        held = {name: p for name, p in posteriors(self.model).items() if p.mean.numel()}
+        self.output = {module: _typical_variance(*moments) for module, moments in self.moments.items()}
         self._output_from_noise(inputs)
-        matrices = [name for name, p in held.items() if name in self.owner and p.mean.dim() > 1]
+        held = {name: p.mean.detach() for name, p in posteriors(self.model).items() if p.mean.numel()}
+        matrices = [name for name, weights in held.items() if name in self.owner and weights.dim() > 1]
         found = {name: self._own_precision(name, inputs[self.owner[name]][1]) for name in matrices}
         settled = set(matrices) <= set(self.noise) and set(held) <= set(self.owner)  # nothing is left that worth would change
         wanted: dict[str, Tensor] = {} if settled else {name: p.mean for name, p in posteriors(self.float).items() if name in held}
         worth = measure.worth(self.float, self.batches if wanted else [], wanted)
         level = self._weigh(found, {name: rows for name, (rows, _) in worth.items() if name in found})
-        logs = [(held[name].mean.numel(), math.log(held[name].mean[0].numel())) for name in matrices]
-        typical = math.exp(_weighted_mean(logs)) if logs else _TYPICAL_INPUTS
-        unowned = {name: p.mean.detach() for name, p in held.items() if name not in self.owner}
-        for name, weights in unowned.items():
-            share = typical if weights.dim() > 1 else 1.0  # of noise: as in a layer of typical size, or in a bias
-            found[name] = 1.0 / (share * weights.square().mean() + LEAST)
-        if level is None:
-            known = [
-                (w.numel(), found[name].mean() / worth[name][0].mean()) for name, w in unowned.items() if name in worth and w.dim() > 1
-            ]
-            level = _weighted_mean([(n, float(ratio.log())) for n, ratio in known]) if known else None
-        for name, p in held.items():
-            if name in unowned and name in worth and level is not None:
-                least = 0.0 if p.mean.dim() > 1 else _LEAST_WORTH * float(found[name])
-                found[name] = (math.exp(level) * _separable(*worth[name], p.mean.dim())).clamp_min(least)
-            elif name not in unowned and p.mean.dim() == 1:
-                found[name] = self.output[self.owner[name]].reciprocal().to(p.mean)
-            if p.mean.dim() > 1:
-                found[name] = found[name] * self.trained[name].flatten(1).any(1).reshape(-1, *[1] * (p.mean.dim() - 1))  # none to zeros
+        for name, weights in held.items():
+            if name in self.owner and weights.dim() == 1:
+                found[name] = self.output[self.owner[name]].reciprocal().to(weights)
+        others = {name: weights for name, weights in held.items() if name not in self.owner}
+        found |= _of_no_layer(others, worth, level, _typical_inputs([held[name] for name in matrices]))
+        for name, weights in held.items():
+            if weights.dim() > 1:
+                found[name] = found[name] * self.trained[name].flatten(1).any(1).reshape(-1, *[1] * (weights.dim() - 1))  # none to zeros
         return found
 
     def _own_precision(self, name: str, by_channel: Tensor) -> Tensor:
@@ -390,6 +370,47 @@ def _owners(model: nn.Module) -> dict[str, str]:
             fits = {"weight": isinstance(module, measure.SOLVED), "bias": channels}.get(own, False)
             found.setdefault(str(p.name), []).append(module_name if fits else "")
     return {name: modules[0] for name, modules in found.items() if len(modules) == 1 and modules[0]}
+
+
+def _typical_variance(mean: Tensor, variance: Tensor) -> Tensor:
+    """Of each output channel and its layer, the geometric mean, `[channels]`: on ResNet-20 better than either."""
+    layer = variance.mean()
+    if layer < _ROUNDING * mean.square().mean():  # always the same outputs
+        variance = mean.square()
+        layer = variance.mean()
+    layer = layer.clamp_min(LEAST)
+    return layer * (variance / layer).clamp_min(_LEAST_CHANNEL).sqrt()
+
+
+def _typical_inputs(matrices: list[Tensor]) -> float:
+    """Of a unit, the geometric mean over the weights of all layers."""
+    logs = [(weights.numel(), math.log(weights[0].numel())) for weights in matrices]
+    return math.exp(_weighted_mean(logs)) if logs else _TYPICAL_INPUTS
+
+
+def _of_no_layer(
+    held: Mapping[str, Tensor], worth: Mapping[str, tuple[Tensor, Tensor]], level: float | None, inputs: float
+) -> dict[str, Tensor]:
+    """The precision of weights of which no module's outputs are known: by what they do to the network's, else by their size.
+
+    Args:
+        held: the weights.
+        worth: from `measure.worth`.
+        level: logarithm of precision over worth; default as if these were worth on average what their size says.
+        inputs: of a unit of a typical layer.
+    """
+    shares = {name: inputs if weights.dim() > 1 else 1.0 for name, weights in held.items()}  # of noise; a bias has all of it
+    found = {name: 1.0 / (shares[name] * weights.square().mean() + LEAST) for name, weights in held.items()}
+    if level is None:
+        known = {name: weights.numel() for name, weights in held.items() if name in worth and weights.dim() > 1}
+        logs = [(count, float((found[name].mean() / worth[name][0].mean()).log())) for name, count in known.items()]
+        level = _weighted_mean(logs) if logs else None
+    if level is None:
+        return found
+    for name in held.keys() & worth.keys():
+        least = 0.0 if held[name].dim() > 1 else _LEAST_WORTH * float(found[name])
+        found[name] = (math.exp(level) * _separable(*worth[name], held[name].dim())).clamp_min(least)
+    return found
 
 
 def _weighted_mean(values: list[tuple[int, float]]) -> float:
