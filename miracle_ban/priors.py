@@ -134,17 +134,21 @@ class Sampled:
 
     def __init__(self, p: Posterior, weights: Tensor, precision: Tensor, prior: Tensor | None, *, corrected: bool):
         generator = torch.Generator().manual_seed(0)
-        self.own = _OwnPrior(p, weights, precision, corrected=corrected, most=_SOME_INPUTS)
         some = torch.randint(weights.numel(), (SAMPLE,), generator=generator, device="cpu").to(weights.device)
         at = torch.unravel_index(some, weights.shape)
         self.weights, self.precision = (v.expand_as(weights)[at].double() for v in (weights, precision))
+        group = at[0] if p.per_unit else torch.zeros_like(at[0])
+        self.own = (_OwnPrior(p, weights, precision, corrected=corrected, most=_SOME_INPUTS), group) if prior is None else None
         self.prior = None if prior is None else prior.expand_as(weights)[at].double()
-        self.group = at[0] if p.per_unit else torch.zeros_like(at[0])
         self.share = SAMPLE / weights.numel()
 
     def kl(self, lam: float) -> float:
         """Nats, at `lam` times the precision."""
-        prior = self.prior if self.prior is not None else self.own(lam)[self.group, 0].double()
+        prior = self.prior
+        if prior is None:
+            assert self.own is not None
+            of_groups, group = self.own
+            prior = of_groups(lam)[group, 0].double()
         var = 1.0 / (lam * self.precision + 1.0 / prior)
         return float(_kl_nats((self.weights * (1.0 - var / prior)).square(), var, prior).sum()) / self.share
 

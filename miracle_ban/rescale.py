@@ -37,7 +37,7 @@ from .train import LOG_EVERY, Loss, seeded
 LEARNING_RATE = 1e-2  # of Adam, for the logarithms
 _BETAS = (0.9, 0.99)
 _FARTHEST = math.log(4.0)  # that a unit may become larger or smaller
-_JUDGED = 64  # batches that the codes before and after are compared on
+_JUDGED = 32  # batches that the codes before and after are compared on
 
 
 @torch.enable_grad()
@@ -63,7 +63,7 @@ def rescale(
         batches: as in `fit`; without `loss` the targets are ignored.
         loss: as in `fit`; default to imitate the outputs of `net` (`teaching.imitation`), then these must be one tensor.
         budget: size of the whole file, bytes or text such as "20 kB"; default as large as it is. Where the new codes take more, those
-            that change least stay; and all of them, if on 64 batches what is left of the change does no good.
+            that change least stay; and all of them, if on 32 batches what is left of the change does no good.
         epochs: passes over `batches`.
         learning_rate: the largest, of the natural logarithms of the sizes; it rises at first and falls to zero as a cosine.
         seed: of the random numbers that the loader draws.

@@ -163,7 +163,8 @@ def resnet_table() -> str:
         rows = [head.format(f"ResNet-{depth}", size, next(iter(groups.values()))[0]["float_top1"]), "|---|---|---|---|"]
         for (level, _), lines in groups.items():
             top1, agreement = (_median_and_all([v[key] for v in lines], digits) for key, digits in (("top1", 2), ("agreement", 1)))
-            name = f"**miracle_ban**, from {LEVEL_NAMES[level]}"
+            taught = ", taught by ResNet-56" if all("--teacher 56" in v["command"] for v in lines) else ""
+            name = f"**miracle_ban**, from {LEVEL_NAMES[level]}{taught}"
             rows.append(f"| {name} | **{max(v['bytes'] for v in lines):,}** | {top1} | {agreement} |")
         rows += [f"| NNCodec 2.1.3 (the MPEG standard), without data | {b:,} | {top1:.2f} | {a:.1f} |" for b, top1, a in NNCODEC[depth]]
         parts.append("\n".join(rows))
