@@ -213,7 +213,7 @@ class _Rescaling:
     def advance(self) -> Row | None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * warm_cosine(self.step / self.steps)
-        value = self._value(self.scales.now(), *self.feed.next())
+        (value,) = self._values([self.scales.now()], *self.feed.next())
         check_loss(value)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -236,20 +236,21 @@ class _Rescaling:
         self.feed.restart()
         weights = [self.scales.weights_with(own) for own in codes]
         count = min(_JUDGED, self.feed.batches_per_pass)
-        batches = (self.feed.next() for _ in range(count))
-        losses = torch.stack([torch.stack([self._value(own, *batch) for own in weights]) for batch in batches])
-        return distributed.mean(losses.mean(0).detach()).tolist()
+        losses = [torch.stack(self._values(weights, *self.feed.next())) for _ in range(count)]
+        return distributed.mean(torch.stack(losses).mean(0)).tolist()
 
-    def _value(self, weights: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
-        outputs = functional_call(self.model, weights, (inputs,))
+    def _values(self, weights: list[dict[str, Tensor]], inputs: Any, targets: Any) -> list[Tensor]:
+        """The loss on a batch with each of several sets of weights."""
+        outputs = [functional_call(self.model, own, (inputs,)) for own in weights]
         if self.loss is not None:
-            return self.loss(outputs, targets)
+            return [self.loss(own, targets) for own in outputs]
         assert self.teacher is not None
         with torch.no_grad():
             taught = self.teacher(inputs)
-        if not isinstance(outputs, Tensor):
-            raise MiracleError(f"outputs of type {type(outputs).__name__} cannot be imitated: give rescale a loss(outputs, targets)")
-        return imitation(outputs.float(), taught.float())
+        for own in outputs:
+            if not isinstance(own, Tensor):
+                raise MiracleError(f"outputs of type {type(own).__name__} cannot be imitated: give rescale a loss(outputs, targets)")
+        return [imitation(own.float(), taught.float()) for own in outputs]
 
     def words(self, row: Row) -> str:
         return f"loss {row['loss']:.4f}"
