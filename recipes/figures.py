@@ -49,7 +49,7 @@ def resnet_plot(path: Path) -> None:
         axis.set(title=f"ResNet-{depth}", xlabel="file, kB", xlim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("agreement with the float network, %")
-    axes[0].legend(loc="lower right", fontsize=8)
+    axes[-1].legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
