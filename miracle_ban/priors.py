@@ -8,6 +8,7 @@ Gaussian so. Leans on `layers` and torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -137,18 +138,19 @@ class Sampled:
         some = torch.randint(weights.numel(), (SAMPLE,), generator=generator, device="cpu").to(weights.device)
         at = torch.unravel_index(some, weights.shape)
         self.weights, self.precision = (v.expand_as(weights)[at].double() for v in (weights, precision))
-        group = at[0] if p.per_unit else torch.zeros_like(at[0])
-        self.own = (_OwnPrior(p, weights, precision, corrected=corrected, most=_SOME_INPUTS), group) if prior is None else None
-        self.prior = None if prior is None else prior.expand_as(weights)[at].double()
+        self.prior: Callable[[float], Tensor]  # variance, at `lam` times the precision
+        if prior is None:
+            own = _OwnPrior(p, weights, precision, corrected=corrected, most=_SOME_INPUTS)
+            group = at[0] if p.per_unit else torch.zeros_like(at[0])
+            self.prior = lambda lam: own(lam)[group, 0].double()
+        else:
+            given = prior.expand_as(weights)[at].double()
+            self.prior = lambda _: given
         self.share = SAMPLE / weights.numel()
 
     def kl(self, lam: float) -> float:
         """Nats, at `lam` times the precision."""
-        prior = self.prior
-        if prior is None:
-            assert self.own is not None
-            of_groups, group = self.own
-            prior = of_groups(lam)[group, 0].double()
+        prior = self.prior(lam)
         var = 1.0 / (lam * self.precision + 1.0 / prior)
         return float(_kl_nats((self.weights * (1.0 - var / prior)).square(), var, prior).sum()) / self.share
 

@@ -110,7 +110,8 @@ def rescale(
         changed = scales.settle(limit)
         before, after = course.compare(scales.codes, {name: r.prior_codes for name, r in scales.records.items()})
     if not after < before:
-        changed = scales.go_back()
+        scales.go_back()
+        changed = 0.0
     distributed.check_same(zlib.crc32(archive.to_bytes()), "checksum of the archive")
     info = {"steps": steps, "seconds": time.monotonic() - started, "history": history}
     archive.info["rescale"] = {**info, "changed": changed, "before": before, "after": after}
@@ -184,11 +185,10 @@ class _Scales:
             low = high
         return put(low) / len(order)
 
-    def go_back(self) -> float:
-        """Put the codes as they were into the archive; returns the share of them that differs, none."""
+    def go_back(self) -> None:
+        """Put the codes as they were into the archive."""
         for name, record in self.records.items():
             record.prior_codes = self.codes[name]
-        return 0.0
 
 
 class _Rescaling:
