@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from . import measure
 from .bits import NATS_PER_BIT
 from .convert import conversion
+from .exposed import exposed
 from .layers import Posterior, posteriors
 from .priors import DROP_BELOW_BITS, LEAST, SAMPLE, WIDER, Sampled, match_kl, prior_under, set_posterior, share_of_means, widening
 
@@ -74,7 +75,8 @@ class Reconstruction:
     """
 
     def __init__(self, model: nn.Module, batches: list[Any], noise: Mapping[str, Tensor] | None = None):
-        self.model, self.batches, self.noise = model, batches, noise or {}
+        self.model = model = exposed(model) if batches else model
+        self.batches, self.noise = batches, noise or {}
         self.float = copy.deepcopy(model).eval() if batches else model  # without inputs nothing is held against it
         self.trained = {name: p.mean.detach() if batches else p.mean.detach().clone() for name, p in posteriors(self.float).items()}
         self.lam = 1.0
@@ -145,7 +147,9 @@ class Reconstruction:
         real, self.model = self.model, copy.deepcopy(self.model)
         generator = torch.Generator().manual_seed(seed)
         part = {}
-        for name, p in posteriors(self.model).items():
+        held = posteriors(self.model)
+        for name in (entry.name for entry in conversion(self.model).of_kind("coded")):  # in the order in which they are coded
+            p = held[name]
             self.begin(name, None)
             part[name] = min(float(p.kl()) / max(before[name], LEAST), _LARGEST_PART_OF_KL)
             noise = torch.randn(p.mean.shape, generator=generator, dtype=torch.float32, device="cpu").to(p.mean)
@@ -320,7 +324,9 @@ class Reconstruction:
         return 1.0 / (measure.parts(layer, p.prior_std.square().expand_as(p.mean)) * precision)
 
     def _has_bias(self, module: str) -> bool:
-        return f"{module}.bias" in self.owner or module in dict(conversion(self.model).folded)
+        held = posteriors(self.model)
+        own = any(held[name].mean.dim() == 1 for name, owner in self.owner.items() if owner == module)
+        return own or module in dict(conversion(self.model).folded)
 
     def _products(self, module: str, *, centred: bool) -> tuple[Tensor, Tensor]:
         """H and C of a layer, `[parts, inputs, inputs]`."""
@@ -365,7 +371,10 @@ def _owners(model: nn.Module) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         held = module._modules.get("posterior")
+        doubled = getattr(module, "doubled", ())
         for own, p in dict(held.named_children()).items() if held is not None else ():
+            if own in doubled:
+                continue
             channels = p.mean.dim() == 1 and isinstance(module, measure.WITH_CHANNELS)
             fits = {"weight": isinstance(module, measure.SOLVED), "bias": channels}.get(own, False)
             found.setdefault(str(p.name), []).append(module_name if fits else "")

@@ -1,0 +1,186 @@
+"""Inner linear maps as modules: the same outputs, and the modules see what the maps multiply."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import miracle_ban
+from miracle_ban import reconstruct
+from miracle_ban.exposed import exposed
+from miracle_ban.layers import posteriors, use_mode
+from miracle_ban.reconstruct import Reconstruction
+
+RECURRENT = {
+    "gru": (lambda: nn.GRU(3, 4, 2, batch_first=True), (5, 7, 3)),
+    "lstm both ways": (lambda: nn.LSTM(3, 4, 2, bidirectional=True), (7, 5, 3)),
+    "rnn of relu": (lambda: nn.RNN(3, 4, nonlinearity="relu", bias=False), (7, 5, 3)),
+    "rnn, one example": (lambda: nn.RNN(3, 4), (7, 3)),
+}
+
+
+def converted(make) -> nn.Module:
+    torch.manual_seed(0)
+    return miracle_ban.convert(make().eval(), per_unit=True).eval()
+
+
+def seen(view: nn.Module, inputs: tuple) -> dict[str, Tensor]:
+    """What each module with a weight of its own was called on."""
+    found: dict[str, Tensor] = {}
+    for name, module in view.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d)):
+            module.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0]}))
+    with use_mode(view, "mean"), torch.no_grad():
+        view(*inputs)
+    return found
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_compute_the_same_and_show_every_map(name):
+    make, shape = RECURRENT[name]
+    model, x = converted(make), torch.randn(shape)
+    view = exposed(model)
+    with use_mode(model, "mean"), torch.no_grad():
+        wanted, found = model(x), view(x)
+    assert torch.equal(wanted[0], found[0])
+    assert {n.removeprefix("maps.") for n in seen(view, (x,))} == {n for n in posteriors(model) if n.startswith("weight")}
+    assert posteriors(view) == posteriors(model)  # the same objects
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_a_recurrent_layers_maps_see_its_inputs_and_its_states_one_step_before(start):
+    model = converted(lambda: nn.RNN(3, 4, 2, batch_first=True, bidirectional=True))
+    x = torch.randn(5, 7, 3)
+    state = torch.randn(4, 5, 4) if start else None
+    view = exposed(model)
+    with use_mode(view, "mean"), torch.no_grad():
+        outputs, _ = view(x, state)
+        own = seen(view, (x, state))
+        both = []
+        for suffix in ("l1", "l1_reverse"):
+            into, back = (view.maps[f"weight_{kind}_{suffix}"](own[f"maps.weight_{kind}_{suffix}"]) for kind in ("ih", "hh"))
+            both.append(torch.tanh(into + back))
+    again = torch.cat([both[0], both[1].flip(0)], -1).transpose(0, 1)
+    assert torch.allclose(again, outputs, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_computes_the_same_and_shows_its_projections(batch_first):
+    model = converted(lambda: nn.MultiheadAttention(8, 2, batch_first=batch_first))
+    view = exposed(model)
+    x, other = torch.randn(5, 5, 8), torch.randn(5, 5, 8)
+    other = other[:, :4] if batch_first else other[:4]
+    for inputs in ((x, x, x), (x, other, other)):
+        with use_mode(view, "mean"), torch.no_grad():
+            wanted, found = model(*inputs), view(*inputs)
+            own = seen(view, inputs)
+            projected = view.into(own["into"]).unflatten(1, (3, 8))
+            maps = zip(inputs, model.in_proj_weight.chunk(3), model.in_proj_bias.chunk(3), strict=True)
+            straight = [F.linear(y if batch_first else y.transpose(0, 1), w, b) for y, w, b in maps]
+        for a, b in zip(wanted, found, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+        assert set(own) == {"into", "out_of"}
+        for k, y in enumerate(straight):
+            assert torch.allclose(projected[:, k, :, : y.shape[1]].mT, y, atol=1e-6)
+
+
+def test_attention_within_windows_computes_the_same_and_shows_its_projections():
+    model = converted(lambda: torchvision.models.SwinTransformer([2, 2], 8, [1, 1], [2, 2], [3, 3], num_classes=4))
+    x = torch.randn(2, 3, 16, 16)
+    view = exposed(model)
+    with use_mode(model, "mean"), torch.no_grad():
+        assert torch.allclose(model(x), view(x), atol=1e-5)
+    assert {n for n in seen(view, (x,)) if ".attn." in n} == {f"features.{k}.0.attn.{own}" for k in (1, 3) for own in ("qkv", "out_of")}
+
+
+def test_a_transformer_computes_the_same_without_its_fused_kernel():
+    model = converted(lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2))
+    x = torch.randn(3, 5, 8)
+    with use_mode(model, "mean"), torch.no_grad():
+        assert torch.allclose(model(x), exposed(model)(x), atol=1e-5)
+
+
+def test_a_network_without_such_maps_is_given_back():
+    model = converted(lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
+    assert exposed(model) is model
+
+
+def test_uncoded_attention_and_projected_states_are_left_alone():
+    net = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.LSTM(3, 4, proj_size=2)])
+    model = miracle_ban.convert(net, where=lambda _, module: not isinstance(module, nn.MultiheadAttention))
+    view = exposed(model)
+    x, sequence = torch.randn(3, 5, 8), torch.randn(7, 5, 3)
+    with use_mode(view, "mean"), torch.no_grad():
+        assert torch.allclose(view[0](x, x, x)[0], model[0](x, x, x)[0], atol=1e-6)
+        assert torch.equal(view[1](sequence)[0], model[1](sequence)[0])
+
+
+@pytest.mark.parametrize("make", [RECURRENT["gru"][0], lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)])
+def test_every_matrix_is_solved_for(make):
+    model = converted(lambda: First(make()))
+    own = Reconstruction(model, [torch.randn(4, 6, 3 if "GRU" in str(model) else 8)])
+    assert {n for n, p in posteriors(model).items() if p.mean.dim() > 1} <= set(own.owner)
+    assert all(own._has_bias(module) for name, module in own.owner.items() if "weight" in name and "norm" not in name)
+
+
+class First(nn.Module):
+    """The first of a network's outputs, if it has several."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net(x)
+        return y[0] if isinstance(y, tuple) else y
+
+
+class Over(nn.Module):
+    """Attention to the inputs themselves, or the states of two recurrent layers; then their mean over time."""
+
+    def __init__(self, inner: nn.Module, size: int):
+        super().__init__()
+        self.inner, self.out = inner, nn.Linear(size, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[n, 4]` of `[n, time, size]`."""
+        y, _ = self.inner(x, x, x) if isinstance(self.inner, nn.MultiheadAttention) else self.inner(x)
+        return self.out(y.mean(1))
+
+
+@pytest.mark.parametrize("name", ["recurrent", "attention"])
+def test_trained_networks_err_less_when_their_inner_maps_are_solved_for(name, monkeypatch):
+    torch.manual_seed(0)
+    size = 16
+    inner = nn.LSTM(size, size, batch_first=True) if name == "recurrent" else nn.MultiheadAttention(size, 2, batch_first=True)
+    net = Over(inner, size)
+    shapes, noise = torch.randn(4, 10, size), torch.randn(4, size)
+
+    def drawn(number: int) -> tuple[Tensor, Tensor]:
+        classes = torch.randint(4, (number,))
+        return shapes[classes] + torch.randn(number, 10, 4) @ noise, classes
+
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(150):
+        x, classes = drawn(64)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), classes).backward()
+        optimizer.step()
+    net.eval()
+    inputs, others = drawn(512)[0], drawn(512)[0]
+    budget = round(1.5 * sum(p.numel() for p in net.parameters()) / 8)
+    coder = miracle_ban.coders.get("trellis", memory=8)
+
+    def error() -> float:
+        archive = miracle_ban.compress(net, inputs=inputs, budget=budget, coder=coder, progress=False)
+        with torch.no_grad():
+            wanted = net(others)
+            found = torch.func.functional_call(net, miracle_ban.decode(archive), (others,))
+            return float((found - wanted).square().mean() / wanted.var())
+
+    solved = error()
+    monkeypatch.setattr(reconstruct, "exposed", lambda model: model)
+    assert solved < 0.6 * error()
