@@ -2,7 +2,7 @@
 
 `nn.MultiheadAttention`, torchvision's windowed attention, `nn.LSTM`, `nn.GRU` and `nn.RNN` keep the weights of several linear maps and
 multiply by them where no module is called. Here these are modules that are called on what the maps multiply.
-Leans on `layers` and torch.
+Leans on `layers`, `measure` and torch.
 """
 
 from __future__ import annotations
@@ -14,15 +14,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from .layers import Posterior, drawing_class, posteriors
+from .errors import MiracleError
+from .layers import Posterior, drawing_class, posteriors, use_mode
+from .measure import through
+
+_SAME = 1e-6  # squared difference of outputs, relative
 
 
-def exposed(model: nn.Module) -> nn.Module:
+def exposed(model: nn.Module, example: Any) -> nn.Module:
     """A network that computes the same with the same posteriors, its inner linear maps being modules.
 
     Args:
-        model: from `convert`; left alone, and given back where it has no such maps.
+        model: from `convert`; left alone, and given back where it has no such maps, or uses them in other ways than torch does.
+        example: a batch of inputs.
 
     Returns:
         A view: it shares all tensors with `model`. A module of it whose posteriors those of its maps are, too, names them in `doubled`.
@@ -38,7 +44,23 @@ def exposed(model: nn.Module) -> nn.Module:
             expose(module)
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # else it may hand all its weights to one fused kernel
-    return view
+    return view if _compute_alike(model, view, example) else model
+
+
+@torch.no_grad()
+def _compute_alike(model: nn.Module, view: nn.Module, example: Any) -> bool:
+    outputs = []
+    for net in (model, view):
+        training = net.training
+        try:
+            with use_mode(net.eval(), "mean"):
+                outputs.append([t for t in tree_leaves(through(net, example)) if isinstance(t, Tensor) and t.is_floating_point()])
+        except MiracleError:
+            return False
+        finally:
+            net.train(training)
+    pairs = zip(*outputs, strict=True)
+    return all(a.shape == b.shape and bool((a - b).square().sum() <= _SAME * a.square().sum()) for a, b in pairs)
 
 
 def _exposing(module: nn.Module) -> Callable[[Any], None] | None:

@@ -12,10 +12,11 @@ makes up for the layers before as well. Noise in a weight that all others answer
 here with the prior's ridge in H), less than H_ii; so the variances are 1 / (precision / (H^-1)_ii + 1 / s^2), and a layer whose
 weights can repair each other gets fewer bits.
 How much a layer's outputs may err is that variance at first, changed by what noise in the layer does to the outputs of the whole network
-(`measure.worth`); for weights of no layer, as of a recurrent network or an attention, it is that alone.
+(`measure.worth`); for weights of no layer, as of an embedding, it is that alone. The linear maps inside attention and recurrent layers
+are layers here, too (`exposed`); states are taken as inputs, what they come from being coded or not.
 Least squares from inputs that carry much noise shrink a layer's outputs, and layer after layer that adds up. So where there are few
 bits a weight each unit is scaled, once its layer is coded, until its outputs vary as they did in the float network (`gains`).
-Leans on `priors`, `measure`, `layers`, `convert` and torch.
+Leans on `priors`, `measure`, `exposed`, `layers`, `convert` and torch.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Reconstruction:
     """
 
     def __init__(self, model: nn.Module, batches: list[Any], noise: Mapping[str, Tensor] | None = None):
-        self.model = model = exposed(model) if batches else model
+        self.model = model = exposed(model, batches[0]) if batches else model
         self.batches, self.noise = batches, noise or {}
         self.float = copy.deepcopy(model).eval() if batches else model  # without inputs nothing is held against it
         self.trained = {name: p.mean.detach() if batches else p.mean.detach().clone() for name, p in posteriors(self.float).items()}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 TOP = Path(__file__).resolve().parent.parent
@@ -77,3 +80,29 @@ def inr_runs(task: str) -> list[dict[str, Any]]:
     """Result lines of the images of one set, by images in a file and size; of runs repeated the latest counts."""
     latest = {(v["together"], v["size"]): v for v in read_results("inr_image") if v["task"] == task}
     return [latest[key] for key in sorted(latest)]
+
+
+def small_runs() -> dict[tuple[str, str, float], dict[int, dict[str, Any]]]:
+    """Result lines of small networks by (network, level, bits) and seed; of runs repeated the latest counts."""
+    latest: dict[tuple[str, str, float], dict[int, dict[str, Any]]] = {}
+    for v in read_results("small_networks"):
+        latest.setdefault((v["network"], v["level"], v["bits"]), {})[v["seed"]] = v
+    return latest
+
+
+def small_rival(network: str, runs: list[dict[str, Any]]) -> float | None:
+    """Bytes of NNCodec for the median of the score errors of `runs`."""
+    curve = [(v["bytes"], v["score_error"]) for v in read_results("small_networks_nncodec") if v["network"] == network]
+    return bytes_at(curve, median(v["score_error"] for v in runs))
+
+
+def bytes_at(curve: list[tuple[int, float]], error: float) -> float | None:
+    """Bytes for that error, in the logarithm of which is interpolated between the best points; None outside them."""
+    best: list[tuple[int, float]] = []
+    for point in sorted(curve):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    for (few, worse), (many, better) in itertools.pairwise(best):
+        if better <= error <= worse:
+            return few + (many - few) * math.log(worse / error) / math.log(worse / better)
+    return None

@@ -34,8 +34,11 @@ from lines import (
     lenet_groups,
     read_results,
     resnet_groups,
+    small_rival,
+    small_runs,
     vgg_runs,
 )
+from small_networks import NETWORKS
 
 
 def overview() -> str:
@@ -67,6 +70,7 @@ def overview() -> str:
     federated = {v["how"]: v for v in read_results("federated") if v["epsilon"] == 8}
     search = next(v for v in read_results("gprs_figures") if v["coder"] == "gprs")
     models = read_results("coverage")
+    encoders = list(small_runs()["transformer", "inputs", 2.0].values())
     rows = [
         ("lenet5_mnist", f"--budget {smallest}", median(sum(v["seconds"].values()) for v in own),
          f"{max(v['bytes'] for v in own):,} B, {median(v['error'] for v in own):.2f} % (median of {len(own)})",
@@ -75,6 +79,10 @@ def overview() -> str:
          f"ResNet-20 in {resnet['bytes']:,} B, top-1 {resnet['top1'] - resnet['float_top1']:+.2f}", "NNCodec: 123,911 B, top-1 -0.16"),
         ("vgg_cifar10", f"{vgg['command'].partition('.py ')[2]} --device cuda", None,
          f"VGG-16 in {vgg['bytes']:,} B, test error {100 - vgg['top1']:.2f} %", "LilNetX: 76 kB, 10.0 %"),
+        ("small_networks", "--network transformer --level inputs --bits 2", median(v["seconds"] for v in encoders),
+         f"Transformer in {max(v['bytes'] for v in encoders):,} B without training, error {median(v['error'] for v in encoders):.2f} %, "
+         f"float {encoders[0]['float_error']:.2f} %",
+         f"NNCodec as near to its float network: {small_rival('transformer', encoders):,.0f} B"),
         ("ban_contexts", next(v["command"].partition(".py ")[2] for v in contexts.values() if v["task"] == "digits"), digits_seconds,
          f"{100 * sum(special) / len(special):.0f} % of the general package's bytes on average of {len(special)} sets of digits", ""),
         ("ban_text", "train --attention on", text_seconds, f"{bits_per_byte('coded_bytes'):.3f} bits a byte, "
@@ -249,6 +257,21 @@ def speed_table() -> str:
             f"| {v['what']}, {v['weights']:,} weights at 0.25 bit, {v['bytes']:,} bytes: trellis, peak memory {v['peak_mib']:,.0f} MiB "
             f"({v['peak_mib_before']:,.0f} before) | {v['encode_seconds']:.0f} | load in {v['load_seconds']:.2f} s | |"
         )
+    return "\n".join(rows)
+
+
+def small_table() -> str:
+    """Small networks by level and bits, medians over seeds, and what NNCodec takes for the same error of the class scores."""
+    rows = ["| network | level | bits a weight | seeds | bytes | error, % | score error | NNCodec, bytes |", "|" + "---|" * 8]
+    for name, (title, _) in NETWORKS.items():
+        own = {(level, bits): list(runs.values()) for (network, level, bits), runs in small_runs().items() if network == name}
+        for (level, bits), runs in sorted(own.items(), key=lambda item: (item[0][0] == "inputs", item[0][1])):
+            size, error, score = (median(v[key] for v in runs) for key in ("bytes", "error", "score_error"))
+            rival = small_rival(name, runs)
+            said = f"{title}, float {runs[0]['float_error']:.2f} %" if title else ""
+            others = f"{rival:,.0f}" if rival else ""
+            rows.append(f"| {said} | {level} | {bits:g} | {len(runs)} | {size:,.0f} | {error:.2f} | {score:.4f} | {others} |")
+            title = ""
     return "\n".join(rows)
 
 
@@ -481,6 +504,7 @@ def main() -> None:
     replace_section(TOP / "recipes" / "README.md", "coverage", coverage_table())
     for page in (TOP, TOP / "recipes"):
         replace_section(page / "README.md", "contexts", contexts_table())
+    replace_section(TOP / "recipes" / "README.md", "small", small_table())
     replace_section(TOP / "recipes" / "README.md", "text", text_table())
     replace_section(TOP / "recipes" / "README.md", "gprs", gprs_table())
     replace_section(TOP / "recipes" / "README.md", "realism", realism_table())

@@ -42,7 +42,7 @@ def seen(view: nn.Module, inputs: tuple) -> dict[str, Tensor]:
 def test_recurrent_layers_compute_the_same_and_show_every_map(name):
     make, shape = RECURRENT[name]
     model, x = converted(make), torch.randn(shape)
-    view = exposed(model)
+    view = exposed(model, x)
     with use_mode(model, "mean"), torch.no_grad():
         wanted, found = model(x), view(x)
     assert torch.equal(wanted[0], found[0])
@@ -55,7 +55,7 @@ def test_a_recurrent_layers_maps_see_its_inputs_and_its_states_one_step_before(s
     model = converted(lambda: nn.RNN(3, 4, 2, batch_first=True, bidirectional=True))
     x = torch.randn(5, 7, 3)
     state = torch.randn(4, 5, 4) if start else None
-    view = exposed(model)
+    view = exposed(model, x)
     with use_mode(view, "mean"), torch.no_grad():
         outputs, _ = view(x, state)
         own = seen(view, (x, state))
@@ -69,28 +69,39 @@ def test_a_recurrent_layers_maps_see_its_inputs_and_its_states_one_step_before(s
 
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_attention_computes_the_same_and_shows_its_projections(batch_first):
-    model = converted(lambda: nn.MultiheadAttention(8, 2, batch_first=batch_first))
-    view = exposed(model)
+    model = converted(lambda: Unpacking(nn.MultiheadAttention(8, 2, batch_first=batch_first)))
     x, other = torch.randn(5, 5, 8), torch.randn(5, 5, 8)
     other = other[:, :4] if batch_first else other[:4]
     for inputs in ((x, x, x), (x, other, other)):
+        view = exposed(model, inputs)
         with use_mode(view, "mean"), torch.no_grad():
-            wanted, found = model(*inputs), view(*inputs)
-            own = seen(view, inputs)
-            projected = view.into(own["into"]).unflatten(1, (3, 8))
-            maps = zip(inputs, model.in_proj_weight.chunk(3), model.in_proj_bias.chunk(3), strict=True)
+            wanted, found = model(inputs), view(inputs)
+            own = seen(view, (inputs,))
+            projected = view.net.into(own["net.into"]).unflatten(1, (3, 8))
+            maps = zip(inputs, model.net.in_proj_weight.chunk(3), model.net.in_proj_bias.chunk(3), strict=True)
             straight = [F.linear(y if batch_first else y.transpose(0, 1), w, b) for y, w, b in maps]
         for a, b in zip(wanted, found, strict=True):
             assert torch.allclose(a, b, atol=1e-6)
-        assert set(own) == {"into", "out_of"}
+        assert set(own) == {"net.into", "net.out_of"}
         for k, y in enumerate(straight):
             assert torch.allclose(projected[:, k, :, : y.shape[1]].mT, y, atol=1e-6)
+
+
+class Unpacking(nn.Module):
+    """A network of several inputs, taken as one tuple."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return self.net(*inputs)
 
 
 def test_attention_within_windows_computes_the_same_and_shows_its_projections():
     model = converted(lambda: torchvision.models.SwinTransformer([2, 2], 8, [1, 1], [2, 2], [3, 3], num_classes=4))
     x = torch.randn(2, 3, 16, 16)
-    view = exposed(model)
+    view = exposed(model, x)
     with use_mode(model, "mean"), torch.no_grad():
         assert torch.allclose(model(x), view(x), atol=1e-5)
     assert {n for n in seen(view, (x,)) if ".attn." in n} == {f"features.{k}.0.attn.{own}" for k in (1, 3) for own in ("qkv", "out_of")}
@@ -100,22 +111,67 @@ def test_a_transformer_computes_the_same_without_its_fused_kernel():
     model = converted(lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2))
     x = torch.randn(3, 5, 8)
     with use_mode(model, "mean"), torch.no_grad():
-        assert torch.allclose(model(x), exposed(model)(x), atol=1e-5)
+        assert torch.allclose(model(x), exposed(model, x)(x), atol=1e-5)
 
 
 def test_a_network_without_such_maps_is_given_back():
     model = converted(lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
-    assert exposed(model) is model
+    assert exposed(model, torch.randn(5, 3)) is model
 
 
-def test_uncoded_attention_and_projected_states_are_left_alone():
-    net = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.LSTM(3, 4, proj_size=2)])
-    model = miracle_ban.convert(net, where=lambda _, module: not isinstance(module, nn.MultiheadAttention))
-    view = exposed(model)
-    x, sequence = torch.randn(3, 5, 8), torch.randn(7, 5, 3)
+def test_attention_that_is_not_coded_computes_the_same():
+    model = miracle_ban.convert(Both(), where=lambda _, module: not isinstance(module, nn.MultiheadAttention))
+    x = torch.randn(3, 5, 8)
+    view = exposed(model, x)
+    assert view is not model
     with use_mode(view, "mean"), torch.no_grad():
-        assert torch.allclose(view[0](x, x, x)[0], model[0](x, x, x)[0], atol=1e-6)
-        assert torch.equal(view[1](sequence)[0], model[1](sequence)[0])
+        assert torch.allclose(view(x), model(x), atol=1e-6)
+
+
+class Both(nn.Module):
+    """Attention to the inputs themselves and a recurrent layer with projected states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.states = nn.MultiheadAttention(8, 2), nn.LSTM(8, 6, proj_size=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.states(self.attention(x, x, x)[0])[0]
+
+
+class Straight(nn.Module):
+    """Attention whose last projection is used without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.attention.out_proj.weight)
+
+
+class Renamed(nn.GRU):
+    """A recurrent layer that is called in its own way."""
+
+    def forward(self, x: Tensor, times: int) -> Tensor:  # type: ignore[override]
+        return super().forward(x.repeat(times, 1, 1))[0]
+
+
+class Twice(nn.Module):
+    """What calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states = Renamed(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.states(x, times=2)
+
+
+@pytest.mark.parametrize("net", [Straight(), Twice()])
+def test_layers_that_are_used_in_other_ways_are_left_alone(net):
+    model = miracle_ban.convert(net)
+    assert exposed(model, torch.randn(3, 5, 8)) is model
 
 
 @pytest.mark.parametrize("make", [RECURRENT["gru"][0], lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)])
@@ -182,5 +238,5 @@ def test_trained_networks_err_less_when_their_inner_maps_are_solved_for(name, mo
             return float((found - wanted).square().mean() / wanted.var())
 
     solved = error()
-    monkeypatch.setattr(reconstruct, "exposed", lambda model: model)
+    monkeypatch.setattr(reconstruct, "exposed", lambda model, _: model)
     assert solved < 0.6 * error()

@@ -326,3 +326,20 @@ def test_the_codec_in_pretrained_is_that_of_the_result_lines_and_every_size_of_i
     digest = hashlib.sha256(inr_image.CODEC.read_bytes()).hexdigest()
     assert {v["codec_sha256"] for v in lines if v["task"] == "cifar10"} == {digest}
     assert inr_image.CODEC.stat().st_size < 1_000_000
+
+
+def test_small_networks_recipe_compresses_what_it_trained(tmp_path):
+    make_mnist(tmp_path / "data")
+    words = ("--smoke", "--network", "gru", "--level", "inputs", "--bits", 2, "--seed", 0, "--data", tmp_path / "data", "--work", tmp_path)
+    line = json.loads(run_recipe("small_networks.py", *words).splitlines()[-1])
+    assert (tmp_path / "small-gru-inputs-2-s0.mban").stat().st_size == line["bytes"] <= 2 * line["weights"] / 8
+    assert 0.0 < line["score_error"] < 0.5
+
+
+def test_bytes_for_an_error_lie_between_the_best_points():
+    bytes_at = imported("lines").bytes_at
+    curve = [(100, 0.4), (200, 0.1), (250, 0.2), (400, 0.025)]
+    assert bytes_at(curve, 0.2) == pytest.approx(150)
+    assert bytes_at(curve, 0.05) == pytest.approx(300)
+    assert bytes_at(curve, 0.5) is None
+    assert bytes_at([], 0.1) is None
