@@ -49,6 +49,7 @@ def exposed(model: nn.Module, example: Any) -> nn.Module:
 
 @torch.no_grad()
 def _compute_alike(model: nn.Module, view: nn.Module, example: Any) -> bool:
+    """A network may read a layer's weights, or call it, in ways that nothing here knows of."""
     outputs = []
     for net in (model, view):
         training = net.training
@@ -59,15 +60,17 @@ def _compute_alike(model: nn.Module, view: nn.Module, example: Any) -> bool:
             return False
         finally:
             net.train(training)
-    pairs = zip(*outputs, strict=True)
-    return all(a.shape == b.shape and bool((a - b).square().sum() <= _SAME * a.square().sum()) for a, b in pairs)
+    shapes = [[t.shape for t in found] for found in outputs]
+    return shapes[0] == shapes[1] and all(bool((a - b).square().sum() <= _SAME * a.square().sum()) for a, b in zip(*outputs, strict=True))
 
 
 def _exposing(module: nn.Module) -> Callable[[Any], None] | None:
-    """What exposes the maps of a module, if it has any."""
-    if isinstance(module, nn.MultiheadAttention):
+    """What exposes the maps inside a module, if it has any."""
+    last = getattr(module, "out_proj", getattr(module, "proj", None))
+    if isinstance(last, nn.Linear) and isinstance(module, nn.MultiheadAttention):
         return _expose_attention
-    if any(c.__name__ == "ShiftedWindowAttention" and c.__module__.startswith("torchvision.") for c in type(module).__mro__):
+    windows = any(c.__name__ == "ShiftedWindowAttention" and c.__module__.startswith("torchvision.") for c in type(module).__mro__)
+    if isinstance(last, nn.Linear) and windows:
         return _expose_windows
     if isinstance(module, nn.RNNBase) and "posterior" in module._modules and not module.proj_size:
         return _expose_recurrence
@@ -84,7 +87,7 @@ def _become(module: nn.Module, kind: type) -> None:
 
 
 def _with_posteriors(layer: nn.Module, weight: Posterior, bias: Posterior | None) -> nn.Module:
-    """A layer that computes with these; without a posterior of its bias it has none."""
+    """A layer that computes with these; it has no bias where that has no posterior."""
     held = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     layer._parameters.clear()
     if bias is None:

@@ -13,7 +13,7 @@ here with the prior's ridge in H), less than H_ii; so the variances are 1 / (pre
 weights can repair each other gets fewer bits.
 How much a layer's outputs may err is that variance at first, changed by what noise in the layer does to the outputs of the whole network
 (`measure.worth`); for weights of no layer, as of an embedding, it is that alone. The linear maps inside attention and recurrent layers
-are layers here, too (`exposed`); states are taken as inputs, what they come from being coded or not.
+are layers here, too (`exposed`), recurrent ones with their states one step before as inputs.
 Least squares from inputs that carry much noise shrink a layer's outputs, and layer after layer that adds up. So where there are few
 bits a weight each unit is scaled, once its layer is coded, until its outputs vary as they did in the float network (`gains`).
 Leans on `priors`, `measure`, `exposed`, `layers`, `convert` and torch.
