@@ -195,6 +195,11 @@ def error_percent(model: nn.Module, images: Tensor, labels: Tensor, *, mean: flo
     return 100.0 * wrong / len(labels)
 
 
+def score_error(found: Tensor, wanted: Tensor) -> float:
+    """Squared error of class scores `[n, classes]` over their variance: of use where few inputs change their class."""
+    return round(float((found - wanted).square().mean() / wanted.var(1, correction=0).mean()), 5)
+
+
 def weights_digest(net: nn.Module) -> str:
     """SHA-256 over all float32 weights, in state-dict order."""
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()

@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,7 +71,16 @@ class LeNet300(nn.Module):
 NETWORKS: dict[str, tuple[str, type[nn.Module]]] = {"lenet5": ("LeNet-5", LeNet5), "lenet300": ("LeNet-300-100", LeNet300)}
 
 
-def train_float(batches: Batches, *, epochs: int, seed: int, path: Path, classes: int = 10, make: type[nn.Module] = LeNet5) -> nn.Module:
+def train_float(
+    batches: Batches,
+    *,
+    epochs: int,
+    seed: int,
+    path: Path,
+    classes: int = 10,
+    make: Callable[[int], nn.Module] = LeNet5,
+    rate: float = 2e-3,
+) -> nn.Module:
     """The ordinary network to start from, trained once per seed and kept at `path`."""
     torch.manual_seed(seed)
     net = make(classes)
@@ -78,8 +88,8 @@ def train_float(batches: Batches, *, epochs: int, seed: int, path: Path, classes
         net.load_state_dict(torch.load(path, weights_only=True))
         return net
     steps = epochs * len(batches)
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1)
+    optimizer = torch.optim.AdamW(net.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
     for _ in range(epochs):
         for x, y in batches:
             optimizer.zero_grad()

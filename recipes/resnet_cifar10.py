@@ -33,7 +33,7 @@ import miracle_ban.coders
 from miracle_ban.bits import parse_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Scored, append_result, cifar10, data_root, distilled, seconds_taken, weights_digest
+from common import Scored, append_result, cifar10, data_root, distilled, score_error, seconds_taken, weights_digest
 
 INPUT_MEAN, INPUT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, PAD = 128, 4
@@ -136,7 +136,7 @@ def scores(net: nn.Module, images: Tensor) -> Tensor:
 def measured(path: Path, depth: int, root: Path, part: str) -> dict[str, object]:
     """Decode a file into a fresh network: top-1 and agreement with the float network in percent, SHA-256 of all weights.
 
-    And `score_error`, the squared error of the class scores over their variance: of use where few images change their class.
+    And `common.score_error`.
     """
     images, labels = cifar10(root)[part]
     net = miracle_ban.load(path, ResNet(depth))
@@ -144,9 +144,8 @@ def measured(path: Path, depth: int, root: Path, part: str) -> dict[str, object]
     found, wanted = (scores(n, images) for n in (net, float_network(depth, root)))
     own, teacher = found.argmax(1), wanted.argmax(1)
     percent = {"top1": own == labels, "agreement": own == teacher, "float_top1": teacher == labels}
-    error = (found - wanted).square().mean() / wanted.var(1, correction=0).mean()
     figures = {k: round(100.0 * float(v.float().mean()), 2) for k, v in percent.items()}
-    return {**figures, "score_error": round(float(error), 5), "sha256_weights": digest}
+    return {**figures, "score_error": score_error(found, wanted), "sha256_weights": digest}
 
 
 def main() -> None:

@@ -16,16 +16,15 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import miracle_ban
 import miracle_ban.coders
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import append_result, data_root, mnist
+from common import Batches, append_result, data_root, mnist, score_error
+from lenet5_mnist import INPUT_MEAN, INPUT_STD, train_float
 
-INPUT_MEAN, INPUT_STD = 0.1307, 0.3081
 EXAMPLES, EPOCHS, BATCH, RATE = 20_000, 6, 100, 3e-3
 INPUTS = 1024
 SMOKE = 256
@@ -77,26 +76,6 @@ NETWORKS = {
 }
 
 
-def trained(name: str, images: Tensor, labels: Tensor, path: Path) -> nn.Module:
-    """The float network, trained once and kept at `path`."""
-    torch.manual_seed(0)
-    net = NETWORKS[name][1]()
-    if path.exists():
-        net.load_state_dict(torch.load(path, weights_only=True))
-        return net.eval()
-    optimizer = torch.optim.AdamW(net.parameters(), RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=EPOCHS * -(-len(images) // BATCH) + 1)
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(images)).split(BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(net(images[rows]), labels[rows]).backward()
-            optimizer.step()
-            schedule.step()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(net.state_dict(), path)
-    return net.eval()
-
-
 @torch.no_grad()
 def scores(net: nn.Module, images: Tensor) -> Tensor:
     """Class scores `[n, 10]`."""
@@ -106,11 +85,6 @@ def scores(net: nn.Module, images: Tensor) -> Tensor:
 def percent(found: Tensor, wanted: Tensor) -> float:
     """Share of what is not as wanted, percent."""
     return round(100.0 * float((found != wanted).float().mean()), 2)
-
-
-def score_error(found: Tensor, wanted: Tensor) -> float:
-    """Squared error of class scores over their variance."""
-    return round(float((found - wanted).square().mean() / wanted.var(1, correction=0).mean()), 5)
 
 
 def main() -> None:
@@ -126,15 +100,16 @@ def main() -> None:
     args = parser.parse_args()
     data = mnist(data_root(args.data))
     count = SMOKE if args.smoke else EXAMPLES
-    images, labels = ((data["train"][0][:count] - INPUT_MEAN) / INPUT_STD, data["train"][1][:count])
+    batches = Batches(*(v[:count] for v in data["train"]), size=BATCH, mean=INPUT_MEAN, std=INPUT_STD)
     held_out, classes = (data["validation"][0] - INPUT_MEAN) / INPUT_STD, data["validation"][1]
     for name in args.network:
-        net = trained(name, images, labels, args.work / f"small-{name}.pt")
+        path = args.work / f"small-{name}.pt"
+        net = train_float(batches, epochs=EPOCHS, seed=0, path=path, make=lambda _, name=name: NETWORKS[name][1](), rate=RATE).eval()
         weights = sum(p.numel() for p in net.parameters())
         wanted = scores(net, held_out)
         for level, bits, seed in ((level, bits, seed) for level in args.level for bits in args.bits for seed in args.seed):
             started = time.monotonic()
-            inputs = images[:INPUTS] if level == "inputs" else None
+            inputs = batches.images[:INPUTS] if level == "inputs" else None
             options = {"coder": miracle_ban.coders.get("trellis", memory=8)} if args.smoke else {}
             archive = miracle_ban.compress(net, inputs=inputs, budget=round(bits * weights / 8), seed=seed, **options)
             seconds = time.monotonic() - started

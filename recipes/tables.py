@@ -263,8 +263,9 @@ def speed_table() -> str:
 def small_table() -> str:
     """Small networks by level and bits, medians over seeds, and what NNCodec takes for the same error of the class scores."""
     rows = ["| network | level | bits a weight | seeds | bytes | error, % | score error | NNCodec, bytes |", "|" + "---|" * 8]
+    found = small_runs()
     for name, (title, _) in NETWORKS.items():
-        own = {(level, bits): list(runs.values()) for (network, level, bits), runs in small_runs().items() if network == name}
+        own = {(level, bits): list(runs.values()) for (network, level, bits), runs in found.items() if network == name}
         for (level, bits), runs in sorted(own.items(), key=lambda item: (item[0][0] == "inputs", item[0][1])):
             size, error, score = (median(v[key] for v in runs) for key in ("bytes", "error", "score_error"))
             rival = small_rival(name, runs)
