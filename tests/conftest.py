@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import helpers
 import hypothesis
@@ -27,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # for the fixtures of sessions and modules, which come before those of functions
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: two that share two cores wait for each other
     if config.getoption("--update-golden") and not hasattr(config, "workerinput"):
         import make_golden
 

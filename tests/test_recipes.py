@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +60,7 @@ def test_lenet5_recipe_writes_a_file_that_a_fresh_process_decodes_to_the_reporte
         str(tmp_path),
         "--whole",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     line = json.loads(done.stdout.splitlines()[-1])
     file = tmp_path / line["file"]
@@ -73,12 +72,7 @@ def test_lenet5_recipe_writes_a_file_that_a_fresh_process_decodes_to_the_reporte
 
 
 def run_recipe(name: str, *words: object) -> str:
-    done = subprocess.run(
-        [sys.executable, str(TOP / "recipes" / name), *map(str, words)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = subprocess.run([sys.executable, str(TOP / "recipes" / name), *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
