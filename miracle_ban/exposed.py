@@ -159,6 +159,10 @@ def _identity(layer: Any) -> nn.Linear:
     return identity
 
 
+class StateMap(nn.Linear):
+    """What a recurrent layer multiplies its states by: other weights here, and other states come in at the next step."""
+
+
 class _Recurrence:
     """A recurrent layer that shows what its weights multiply to the modules in `maps`, before it computes."""
 
@@ -201,6 +205,7 @@ def _expose_recurrence(module: Any) -> None:
     module.maps = nn.ModuleDict()
     for name, bias in biases.items():
         rows, columns = held[name].full_shape
-        module.maps[name] = _with_posteriors(nn.Linear(columns, rows, device="meta"), held[name], held.get(bias))
+        kind = StateMap if name.startswith("weight_hh") else nn.Linear
+        module.maps[name] = _with_posteriors(kind(columns, rows, device="meta"), held[name], held.get(bias))
     module.doubled = {*biases, *biases.values()}
     _become(module, _Recurrence)

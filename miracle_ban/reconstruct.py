@@ -13,7 +13,8 @@ here with the prior's ridge in H), less than H_ii; so the variances are 1 / (pre
 weights can repair each other gets fewer bits.
 How much a layer's outputs may err is that variance at first, changed by what noise in the layer does to the outputs of the whole network
 (`measure.worth`); for weights of no layer, as of an embedding, it is that alone. The linear maps inside attention and recurrent layers
-are layers here, too (`exposed`), recurrent ones with their states one step before as inputs.
+are layers here, too (`exposed`), recurrent ones with their states one step before as inputs; those depend on the layer's own weights, so
+they are measured again after each part, unless units are going to be scaled.
 Least squares from inputs that carry much noise shrink a layer's outputs, and layer after layer that adds up. So where there are few
 bits a weight each unit is scaled, once its layer is coded, until its outputs vary as they did in the float network (`gains`).
 Leans on `priors`, `measure`, `exposed`, `layers`, `convert` and torch.
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from . import measure
 from .bits import NATS_PER_BIT
 from .convert import conversion
-from .exposed import exposed
+from .exposed import StateMap, exposed
 from .layers import Posterior, posteriors
 from .priors import DROP_BELOW_BITS, LEAST, SAMPLE, WIDER, Sampled, match_kl, prior_under, set_posterior, share_of_means, widening
 
@@ -59,6 +60,7 @@ _FEWEST_BITS = 1.0  # a bias, to make up for more than its size; by hand: with f
 class _Regression:
     """Of one layer, in parts that do not interact."""
 
+    trained: Tensor  # weights whose outputs are wanted, [parts, rows, inputs]
     h: Tensor  # [parts, inputs, inputs]
     goal: Tensor  # W C, [parts, rows, inputs]
     precision: Tensor  # of the outputs, [parts or 1, rows, 1]
@@ -285,20 +287,18 @@ class Reconstruction:
             match_kl(p, precision, kl_bits)
             return
         trained = measure.parts(layer, self.trained[name])
-        h, c = self._products(module, centred=self._has_bias(module))
-        variance = h.diagonal(dim1=1, dim2=2)
-        damping = torch.diag_embed(_DAMPING * variance + _FLOOR * variance.mean(1, keepdim=True) + LEAST)
-        h, c = h + damping, c + damping
+        h, c = self._damped_products(module)
         precision = (self.lam / self.output[module]).reshape(measure.groups(layer), -1, 1)
         coded = ~measure.parts(layer, p.fixed.to(p.mean)).bool()  # a dropped unit's prior is next to nothing
         ridge = float(self._prior_ridge(p, layer, precision)[coded].median()) if coded.any() else 0.0
         inverse = _inverse_diagonal(h + ridge * torch.eye(h.shape[1], dtype=h.dtype, device=h.device))
         worth = (inverse.reciprocal() - ridge).clamp_min(LEAST)[:, None, :]
-        self._regressions = {name: _Regression(h, trained @ c, precision, worth)}
+        self._regressions = {name: _Regression(trained, h, trained @ c, precision, worth)}
         self._solve(name, kl_bits, _FIRST_STEPS)
         if name in self.most:  # a unit whose means became too large for its bits is coded smaller; `gains` makes it larger again
             factor = (self.most[name] / (share_of_means(p) + LEAST)).sqrt().clamp_max(1.0).reshape(-1, *[1] * (p.mean.dim() - 1))
-            self._regressions[name].goal.mul_(measure.parts(layer, factor.expand_as(p.mean)))
+            r, by_part = self._regressions[name], measure.parts(layer, factor.expand_as(p.mean))
+            r.trained, r.goal = r.trained * by_part, r.goal * by_part
             p.mean.mul_(torch.where(p.fixed, 1.0, factor))
             self._solve(name, kl_bits, _STEPS)
 
@@ -306,6 +306,10 @@ class Reconstruction:
     def update(self, name: str, kl_bits: float) -> None:
         """After some of a tensor's weights are coded: the others make up for it; their KL is to be `kl_bits`."""
         if name in self._regressions and kl_bits > 0:
+            if isinstance(self.float.get_submodule(self.owner[name]), StateMap) and not self.scaled:  # else states are too small as yet
+                r = self._regressions[name]
+                r.h, c = self._damped_products(self.owner[name])
+                r.goal = r.trained @ c
             self._solve(name, kl_bits, _STEPS)
 
     def _solve(self, name: str, kl_bits: float | None, steps: int) -> None:
@@ -328,6 +332,13 @@ class Reconstruction:
         held = posteriors(self.model)
         own = any(held[name].mean.dim() == 1 for name, owner in self.owner.items() if owner == module)
         return own or module in dict(conversion(self.model).folded)
+
+    def _damped_products(self, module: str) -> tuple[Tensor, Tensor]:
+        """H and C with the same added to both, as if weights cost something by themselves."""
+        h, c = self._products(module, centred=self._has_bias(module))
+        variance = h.diagonal(dim1=1, dim2=2)
+        damping = torch.diag_embed(_DAMPING * variance + _FLOOR * variance.mean(1, keepdim=True) + LEAST)
+        return h + damping, c + damping
 
     def _products(self, module: str, *, centred: bool) -> tuple[Tensor, Tensor]:
         """H and C of a layer, `[parts, inputs, inputs]`."""

@@ -182,6 +182,23 @@ def test_every_matrix_is_solved_for(make):
     assert all(own._has_bias(module) for name, module in own.owner.items() if "weight" in name and "norm" not in name)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_states_are_measured_again_after_some_of_their_weights_are_coded(scaled):
+    model = converted(lambda: First(nn.GRU(3, 4, batch_first=True)))
+    own = Reconstruction(model, [torch.randn(64, 6, 3)])
+    own.allocate(400.0)
+    own.scaled = scaled  # then states are too small until their layer is coded
+    for name in ("net.weight_ih_l0", "net.weight_hh_l0"):
+        p = posteriors(model)[name]
+        own.begin(name, 100.0)
+        before = own._regressions[name].h
+        p.fix(torch.arange(20), 2.0 * p.mean.detach().flatten()[:20])
+        now, _ = own._damped_products(own.owner[name])
+        assert torch.allclose(now, before) == ("ih" in name)
+        own.update(name, 50.0)
+        assert torch.equal(own._regressions[name].h, before if scaled else now)
+
+
 class First(nn.Module):
     """The first of a network's outputs, if it has several."""
 
