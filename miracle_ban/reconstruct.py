@@ -60,7 +60,6 @@ _FEWEST_BITS = 1.0  # a bias, to make up for more than its size; by hand: with f
 class _Regression:
     """Of one layer, in parts that do not interact."""
 
-    trained: Tensor  # weights whose outputs are wanted, [parts, rows, inputs]
     h: Tensor  # [parts, inputs, inputs]
     goal: Tensor  # W C, [parts, rows, inputs]
     precision: Tensor  # of the outputs, [parts or 1, rows, 1]
@@ -293,12 +292,11 @@ class Reconstruction:
         ridge = float(self._prior_ridge(p, layer, precision)[coded].median()) if coded.any() else 0.0
         inverse = _inverse_diagonal(h + ridge * torch.eye(h.shape[1], dtype=h.dtype, device=h.device))
         worth = (inverse.reciprocal() - ridge).clamp_min(LEAST)[:, None, :]
-        self._regressions = {name: _Regression(trained, h, trained @ c, precision, worth)}
+        self._regressions = {name: _Regression(h, trained @ c, precision, worth)}
         self._solve(name, kl_bits, _FIRST_STEPS)
         if name in self.most:  # a unit whose means became too large for its bits is coded smaller; `gains` makes it larger again
             factor = (self.most[name] / (share_of_means(p) + LEAST)).sqrt().clamp_max(1.0).reshape(-1, *[1] * (p.mean.dim() - 1))
-            r, by_part = self._regressions[name], measure.parts(layer, factor.expand_as(p.mean))
-            r.trained, r.goal = r.trained * by_part, r.goal * by_part
+            self._regressions[name].goal.mul_(measure.parts(layer, factor.expand_as(p.mean)))
             p.mean.mul_(torch.where(p.fixed, 1.0, factor))
             self._solve(name, kl_bits, _STEPS)
 
@@ -306,10 +304,10 @@ class Reconstruction:
     def update(self, name: str, kl_bits: float) -> None:
         """After some of a tensor's weights are coded: the others make up for it; their KL is to be `kl_bits`."""
         if name in self._regressions and kl_bits > 0:
-            if isinstance(self.float.get_submodule(self.owner[name]), StateMap) and not self.scaled:  # else states are too small as yet
-                r = self._regressions[name]
+            layer, r = self.float.get_submodule(self.owner[name]), self._regressions[name]
+            if isinstance(layer, StateMap) and not self.scaled:  # else states are too small as yet
                 r.h, c = self._damped_products(self.owner[name])
-                r.goal = r.trained @ c
+                r.goal = measure.parts(layer, self.trained[name]) @ c
             self._solve(name, kl_bits, _STEPS)
 
     def _solve(self, name: str, kl_bits: float | None, steps: int) -> None:
