@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import miracle_ban
+import miracle_ban.coders
 from miracle_ban.bits import parse_bytes
 from miracle_ban.layers import use_mode
 
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument("--budget", default="1140", help="bytes of the whole file, or text such as '1.5 kB'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--coder", default="trellis")
+    parser.add_argument("--memory", type=int, help="bits of the trellis's state; default what suits the budget, 16 at most")
     parser.add_argument("--epochs", type=float, default=40, help="of training the posteriors")
     parser.add_argument("--weights-per-bit", type=float, default=1.5, help="live weights for each bit of the budget")
     parser.add_argument("--float-epochs", type=int, default=12)
@@ -150,7 +152,8 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     run = f"{'whole-' if args.whole else ''}s{args.seed}"
     stem = f"{args.network}-mnist-{parse_bytes(args.budget)}-{run}"
-    posteriors = args.work / f"{stem}-{args.epochs:g}-{args.weights_per_bit:g}-{args.distil:g}-{args.distortion:g}-{args.coder}.posteriors"
+    coded = f"{args.coder}{args.memory or ''}"
+    posteriors = args.work / f"{stem}-{args.epochs:g}-{args.weights_per_bit:g}-{args.distil:g}-{args.distortion:g}-{coded}.posteriors"
     output = args.output or args.work / f"{stem}.mban"
 
     started = time.monotonic()
@@ -160,6 +163,7 @@ def main() -> None:
     seconds = {"float": time.monotonic() - started}
     float_error = error_percent(net, *data["test"], mean=INPUT_MEAN, std=INPUT_STD)
 
+    coder = args.coder if args.memory is None else miracle_ban.coders.get(args.coder, memory=args.memory)
     bnn = miracle_ban.convert(net)
     refine_distortion = args.distortion if args.refine_distortion is None else args.refine_distortion
     fitting, refining = (Scored(own, net) if args.distil else own for own in map(batches, (args.distortion, refine_distortion)))
@@ -171,7 +175,7 @@ def main() -> None:
         loss,
         budget=args.budget,
         epochs=args.epochs,
-        coder=args.coder,
+        coder=coder,
         weights_per_bit=args.weights_per_bit,
         seed=args.seed,
         checkpoint=posteriors,
@@ -184,7 +188,7 @@ def main() -> None:
         bnn,
         refining,
         loss,
-        coder=args.coder,
+        coder=coder,
         seed=args.seed,
         rounds=args.rounds,
         refine_steps=args.refine_steps,
@@ -217,7 +221,7 @@ def main() -> None:
         "input_mean": INPUT_MEAN, "input_std": INPUT_STD,
         "command": f"python recipes/lenet5_mnist.py{other} --budget {args.budget} --seed {args.seed} --epochs {args.epochs:g} "
         f"--weights-per-bit {args.weights_per_bit:g} --rounds {args.rounds} --refine-steps {args.refine_steps} "
-        f"--refine-rate {args.refine_rate:g} --coder {args.coder} "
+        f"--refine-rate {args.refine_rate:g} --coder {args.coder} {'' if args.memory is None else f'--memory {args.memory} '}"
         f"--float-epochs {args.float_epochs} --distil {args.distil:g} --distortion {args.distortion:g} "
         f"--refine-distortion {refine_distortion:g}{' --whole' if args.whole else ''}",
     }  # fmt: skip

@@ -132,6 +132,21 @@ def test_gradients_are_those_of_the_elbo():
             assert float(grad.abs().max()) > 0
 
 
+def test_gradients_of_a_draw_are_those_of_mean_plus_noise_times_standard_deviation():
+    torch.manual_seed(0)
+    net = convert(nn.Conv2d(2, 3, 3)).double()
+    held, x = posteriors(net), torch.randn(4, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    own = [x, *(v for p in held.values() for v in (p.mean, p.log_std))]
+    torch.manual_seed(1)
+    out = net(x)
+    found = torch.autograd.grad(out.square().sum(), own)
+    torch.manual_seed(1)
+    (mean, var), (b_mean, b_var) = held["weight"].moments(), held["bias"].moments()
+    wanted = F.conv2d(x, mean, b_mean) + F.conv2d(x.square(), var, b_var).sqrt() * torch.randn_like(out)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(found, torch.autograd.grad(wanted.square().sum(), own))
+
+
 def test_gradient_of_the_kl_is_that_of_torch_distributions():
     bnn = noisy(nn.Linear(5, 3))
     p = posteriors(bnn)["weight"]
