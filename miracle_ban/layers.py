@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .errors import MismatchError
 
@@ -191,27 +190,6 @@ def _exchange(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Param
     optimizer.state[new] = state
 
 
-class _Noisy(torch.autograd.Function):
-    """A draw of N(mean, var) and its derivative by var, made with it: fewer passes over memory than autograd's own take."""
-
-    @staticmethod
-    def forward(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        std = var.clamp_min(_MIN_OUTPUT_VARIANCE).sqrt_()
-        noise = torch.randn_like(mean)
-        return torch.addcmul(mean, std, noise), noise.div_(std).mul_(0.5)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        (by_variance,) = ctx.saved_tensors
-        return gradient, gradient * by_variance
-
-
 class _Local:
     """Noise on the output: mean and variance of it by two linear maps, one normal per output value."""
 
@@ -229,7 +207,8 @@ class _Local:
         out = self._map(x, w_mean, b_mean)
         if weight.mode == "mean":
             return out
-        return _Noisy.apply(out, self._map(x.square(), w_var, b_var))[0]
+        var = self._map(x.square(), w_var, b_var)
+        return out + var.clamp_min(_MIN_OUTPUT_VARIANCE).sqrt() * torch.randn_like(out)
 
 
 class VariationalLinear(_Local, nn.Linear):

@@ -147,6 +147,21 @@ def test_gradients_of_a_draw_are_those_of_mean_plus_noise_times_standard_deviati
     torch.testing.assert_close(found, torch.autograd.grad(wanted.square().sum(), own))
 
 
+def test_draws_go_through_the_transforms_of_torch_func():
+    torch.manual_seed(0)
+    net = convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+    x = torch.randn(5, 4)
+
+    def energy(row: Tensor) -> Tensor:
+        return net(row[None]).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(energy), randomness="different")(x)
+    assert each.shape == x.shape
+    assert bool(torch.isfinite(each).all())
+    value, change = torch.func.jvp(energy, (x[0],), (x[1],))
+    assert value.shape == change.shape == ()
+
+
 def test_gradient_of_the_kl_is_that_of_torch_distributions():
     bnn = noisy(nn.Linear(5, 3))
     p = posteriors(bnn)["weight"]
