@@ -72,14 +72,15 @@ def compress(
 
     Args:
         net: a trained network, or its state dict alone (then nothing can be measured, and errors are far larger); left alone.
-        batches: iterable of (inputs, targets): the training set; None if there is none.
+        batches: iterable of (inputs, targets): the training set; None if there is none. Inputs that are a mapping of names of arguments
+            go in by keywords; a batch that is a mapping is inputs and targets at once.
         loss: `loss(outputs, targets)` -> mean negative log-likelihood of the batch, nats.
         budget: size of the whole file, bytes or text such as "20 kB".
         epochs: passes over `batches`, in `fit` or `harden`.
         coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README).
         seed: as in `encode`.
-        inputs: what layers are measured on, unless posteriors are trained: a tensor of examples, or an iterable of batches (labels are
-            ignored), 1,024 examples at most are used; default `batches`, or made up to fit the network's BatchNorms (`inputs`).
+        inputs: what layers are measured on, unless posteriors are trained: a tensor of examples, a mapping of such tensors, or an iterable
+            of batches (labels are ignored), 1,024 examples at most are used; default `batches`, or made up to fit the network's BatchNorms (`inputs`).
         context: with `batches`: inputs of the context that the file is for, as in `encode`; trains with attention, on random sets
             of the classes unless `fit_options` gives an `attention`. For several packages of one training, call `fit` and `encode`.
         where, per_unit: as in `convert`.

@@ -168,10 +168,10 @@ class _Recurrence:
 
     maps: nn.ModuleDict
 
-    def forward(self, inputs: Any, state: Any = None) -> Any:
-        if isinstance(inputs, Tensor):
-            self._show(inputs, state)
-        return super().forward(inputs, state)  # type: ignore[misc]
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        if isinstance(input, Tensor):
+            self._show(input, hx)
+        return super().forward(input, hx)  # type: ignore[misc]
 
     def _show(self: Any, inputs: Tensor, state: Any) -> None:
         """Run the layers one by one, with time on the first axis and examples on the second."""

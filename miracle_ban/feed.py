@@ -1,6 +1,6 @@
 """Batches from a user's loader, one after the other, the same again after an interruption, and shared out among processes.
 
-Leans on `distributed`.
+Leans on `network` and `distributed`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import distributed
 from .errors import MiracleError
+from .network import examples_in
 
 
 class Feed:
@@ -25,7 +26,7 @@ class Feed:
     and other random numbers all of them draw alike; what is left of a pass that R does not divide is not used.
 
     Args:
-        batches: an iterable of pairs, with a length.
+        batches: an iterable of pairs, or of mappings that are both, with a length.
         num_examples: number of training examples; default `batches.num_examples`, `len(batches.dataset)`, or counted.
         sharded: whether each process has a loader of its own share; default if a sampler says that it is for several.
         seed: of the random numbers that processes with the same loader draw it with.
@@ -87,11 +88,9 @@ class Feed:
                     self._begin_pass()
                 found = list(itertools.islice(self._source, self._turns))  # type: ignore[arg-type]
             if len(found) == self._turns:
-                batch = found[self._turn]
-                if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                    raise MiracleError("each batch must be a pair (inputs, targets)")
+                inputs, targets = pair(found[self._turn])
                 self.position += 1
-                return _to(batch[0], self.device), _to(batch[1], self.device)
+                return _to(inputs, self.device), _to(targets, self.device)
             self.restart()
         raise MiracleError("batches is empty: it gave no batch at all")
 
@@ -128,6 +127,19 @@ class Feed:
             generator.set_state(value)
 
 
+def pair(batch: Any) -> tuple[Any, Any]:
+    """Inputs and targets of a batch; a mapping is both.
+
+    Raises:
+        MiracleError: it is neither a pair nor a mapping.
+    """
+    if isinstance(batch, Mapping):
+        return batch, batch
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise MiracleError("each batch must be a pair (inputs, targets), or a mapping that holds both")
+    return batch[0], batch[1]
+
+
 def _parts(batches: Any) -> list[Any]:
     """A loader and its samplers."""
     sampler, batch_sampler = getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)
@@ -156,7 +168,7 @@ def _batch_size(batch: Any) -> int:
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(first, Sized):
         raise MiracleError(f"cannot count the examples of a batch whose inputs are {type(first).__name__}: pass num_examples")
-    return len(first)
+    return examples_in(first)
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -26,7 +26,7 @@ from .course import Row, check_loss, run, warm_cosine
 from .errors import MiracleError
 from .feed import Feed
 from .graphs import Recorded
-from .network import copied
+from .network import arguments, call, copied
 from .noise import Noise
 from .train import LOG_EVERY, Loss, seeded
 
@@ -157,7 +157,7 @@ class _Hardening:
 
     def _gradients(self, inputs: Any, targets: Any, pace: Tensor, bits: Tensor) -> Tensor:
         """Of the loss under noise, by all parameters; and bits are shared out."""
-        value = self.loss(functional_call(self.model, self.noise.draw(), (inputs,)), targets)
+        value = self.loss(functional_call(self.model, self.noise.draw(), *arguments(self.model, inputs)), targets)
         check_loss(value)
         self.optimizer.zero_grad(set_to_none=not isinstance(self.gradients, Recorded))  # recorded work goes on with the same tensors
         value.backward()
@@ -208,4 +208,15 @@ def _measure_norms(model: nn.Module, feed: Feed) -> None:
     """Statistics of norms without the noise."""
     feed.restart()
     count = min(_STATISTICS, feed.batches_per_pass)
-    update_bn(itertools.islice(iter(feed.next, None), count), model)
+    update_bn(itertools.islice(iter(feed.next, None), count), _Called(model))
+
+
+class _Called(nn.Module):
+    """A network that takes batches of any kind as its one argument."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs: Any) -> Any:
+        return call(self.net, inputs)

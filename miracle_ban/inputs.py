@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .errors import MiracleError
-from .network import copied
+from .network import copied, examples_in, split
 
 _SIDES = (32, 28, 64, 224, 96, 128, 299, 48, 16, 8)  # of images, pixels, that are tried in turn
 _CHANNELS, _SMALLEST_SIDE = (1, 3), 8  # of images whose pixels a linear layer takes
@@ -34,7 +34,7 @@ def batches_of(inputs: Any, examples: int = 1024) -> list[Any]:
     """The user's inputs as batches, about `examples` of them in all; of pairs (inputs, targets) the first.
 
     Args:
-        inputs: a tensor of examples, an iterable of batches, or one batch as a dictionary.
+        inputs: a tensor of examples, an iterable of batches, or all of them as a mapping.
         examples: where to stop.
 
     Raises:
@@ -44,8 +44,8 @@ def batches_of(inputs: Any, examples: int = 1024) -> list[Any]:
         if not inputs.dim() or not len(inputs):
             raise MiracleError(f"inputs holds no example: it is a tensor of shape {tuple(inputs.shape)}")
         return list(inputs[:examples].split(_BATCH))
-    if isinstance(inputs, dict):
-        return [inputs]
+    if isinstance(inputs, Mapping):
+        return split(inputs, _BATCH)[: -(-examples // _BATCH)]
     if not isinstance(inputs, Iterable) or isinstance(inputs, (str, bytes)):
         raise MiracleError(f"inputs must be a tensor of examples or an iterable of batches, not {type(inputs).__name__}")
     found: list[Any] = []
@@ -53,7 +53,7 @@ def batches_of(inputs: Any, examples: int = 1024) -> list[Any]:
     for batch in inputs:
         first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         found.append(first)
-        taken += len(first) if hasattr(first, "__len__") else 1
+        taken += examples_in(first)
         if taken >= examples:
             break
     if not found:

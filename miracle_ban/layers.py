@@ -3,7 +3,7 @@
 A `Posterior` holds the mean and log standard deviation of one tensor's weights and knows their prior. Layers read their
 weights through it: `Linear` and the convolutions by local reparametrisation (the noise is drawn on the layer's output,
 Kingma et al. 2015, arXiv 1506.02557), everything else by a direct draw of the weights (`drawing_class`).
-Leans on torch and `errors`.
+Leans on torch, `network` and `errors`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import MismatchError
+from .network import call
 
 _MIN_OUTPUT_VARIANCE = 1e-12  # keeps sqrt differentiable where every weight of a layer is fixed
 INITIAL_RELATIVE_STD = 0.1  # of the tensor's root mean square: about 3.3 bits of KL a weight to begin with
@@ -198,16 +199,16 @@ class _Local:
     def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output: a draw of it, or in mode "mean" what the mean weights give."""
+    def forward(self, input: Tensor) -> Tensor:
+        """The layer's output: a draw of it, or in mode "mean" what the mean weights give; the argument has its name in torch."""
         weight: Posterior = self.posterior["weight"]  # type: ignore[assignment]
         bias: Posterior | None = dict(self.posterior.items()).get("bias")  # type: ignore[assignment]
         w_mean, w_var = weight.moments()
         b_mean, b_var = bias.moments() if bias is not None else (None, None)
-        out = self._map(x, w_mean, b_mean)
+        out = self._map(input, w_mean, b_mean)
         if weight.mode == "mean":
             return out
-        var = self._map(x.square(), w_var, b_var)
+        var = self._map(input.square(), w_var, b_var)
         return out + var.clamp_min(_MIN_OUTPUT_VARIANCE).sqrt() * torch.randn_like(out)
 
 
@@ -308,7 +309,7 @@ def loss_at(model: nn.Module, weights: Sequence[Tensor], loss: Callable, inputs:
         for p, weight, law in zip(held, weights, before, strict=True):
             p.conditional = Law(weight, p.log_std.detach(), None if law is None or law.scale is None else law.scale.detach())
         with use_mode(model, "mean"):
-            return loss(model(inputs), targets)
+            return loss(call(model, inputs), targets)
     finally:
         for p, law in zip(held, before, strict=True):
             p.conditional = law

@@ -1,12 +1,13 @@
 """What goes into the layers of a network and what comes out, measured on a few inputs.
 
-A layer's weights and inputs as the matrices of a regression, moments by channel. Leans on `layers` and torch.
+A layer's weights and inputs as the matrices of a regression, moments by channel. Leans on `network`, `layers` and torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import MiracleError
 from .layers import use_mode
+from .network import call, main_output, split, tensors_in
 
 _LARGEST_PART = 4096  # inputs of a layer that are solved for together
 _ROWS, _ROWS_PER_INPUT = 16384, 8  # examples times positions that H is measured on: at least, and for each input
@@ -120,17 +122,17 @@ def moments(net: nn.Module, modules: set[str], batches: list[Any]) -> tuple[Mome
     sums: dict[str, tuple[Sums, Sums]] = {}
     seen: set[str] = set()
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
+    def hook(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, options: Any, output: Any) -> None:
             if name in seen:
                 return
             seen.add(name)
-            for own, x in zip(sums.setdefault(name, (Sums(), Sums())), (args[0], output), strict=True):
+            for own, x in zip(sums.setdefault(name, (Sums(), Sums())), (_first_input(args, options), output), strict=True):
                 own.add(channels(module, x))
 
         return keep
 
-    hooks = [net.get_submodule(name).register_forward_hook(hook(name)) for name in modules]
+    hooks = [net.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in modules]
     try:
         with use_mode(net, "mean"):
             for batch in batches:
@@ -150,7 +152,7 @@ def worth(net: nn.Module, batches: list[Any], wanted: dict[str, Tensor]) -> dict
     et al. 2012, arXiv 1206.6464). Of each tensor in `wanted` that the outputs depend on the means over rows `[n]` and over columns `[k]`,
     of vectors the values and their mean. Empty where there are no gradients to be had.
     """
-    chunks = [part for batch in batches for part in (batch.split(_CHUNK) if isinstance(batch, Tensor) and batch.dim() else [batch])]
+    chunks = [part for batch in batches for part in split(batch, _CHUNK)]
     generator = torch.Generator().manual_seed(0)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     values = 0
@@ -182,12 +184,9 @@ def worth(net: nn.Module, batches: list[Any], wanted: dict[str, Tensor]) -> dict
 
 
 def _with_gradients(outputs: Any) -> list[Tensor]:
-    """The tensors in what a network returns that gradients can be taken of."""
-    if isinstance(outputs, Tensor):
-        return [outputs] if outputs.requires_grad and outputs.numel() else []
-    if isinstance(outputs, dict):
-        outputs = list(outputs.values())
-    return [t for part in outputs for t in _with_gradients(part)] if isinstance(outputs, (list, tuple)) else []
+    """The tensors in what a network returns that gradients can be taken of; no single value, such as a loss, beside others."""
+    found = [t for t in tensors_in(outputs) if t.requires_grad and t.numel()]
+    return [t for t in found if t.numel() > 1] or found
 
 
 def through(net: nn.Module, batch: Any) -> Any:
@@ -197,35 +196,42 @@ def through(net: nn.Module, batch: Any) -> Any:
         MiracleError: the network does not take it.
     """
     try:
-        return net(batch)
+        return call(net, batch)
     except Exception as error:  # the user's own forward
         shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
+        shape = f", {', '.join(map(str, batch))}," if isinstance(batch, Mapping) else shape
         told = f"{type(error).__name__}: {str(error)[:200]}"
         raise MiracleError(f"the inputs{shape} do not go through {type(net).__name__}, called on each batch alone: {told}") from error
 
 
 def _check_finite(outputs: Any) -> None:
-    if isinstance(outputs, Tensor) and not bool(torch.isfinite(outputs).all()):
+    output = main_output(outputs)
+    if output is not None and not bool(torch.isfinite(output).all()):
         raise MiracleError("the network's outputs on the inputs are NaN or infinite: check the inputs and their normalisation")
 
 
-def called(net: nn.Module, module: str, batch: Any, *, output: bool) -> Tensor:
-    """The first input, or the output, of a module when it is first called on a batch."""
+def called(net: nn.Module, module: str, batches: Iterable[Any], *, output: bool) -> Iterator[Tensor]:
+    """Of each batch the first input, or the output, of a module when it is first called; the network is in eval until the last."""
     found: list[Tensor] = []
 
-    def keep(_: nn.Module, args: Any, *result: Any) -> None:
-        found.append(result[0] if output else args[0])
+    def keep(_: nn.Module, args: Any, options: Any, *result: Any) -> None:
+        found.append(result[0] if output else _first_input(args, options))
         raise _Reached
 
     target, training = net.get_submodule(module), net.training
-    hook = target.register_forward_hook(keep) if output else target.register_forward_pre_hook(keep)
+    hook = (target.register_forward_hook if output else target.register_forward_pre_hook)(keep, with_kwargs=True)
     net.eval()
     try:
         with use_mode(net, "mean"):
-            net(batch)
-    except _Reached:
-        pass
+            for batch in batches:
+                with contextlib.suppress(_Reached):
+                    call(net, batch)
+                yield found.pop()
     finally:
         hook.remove()
         net.train(training)
-    return found[0]
+
+
+def _first_input(args: Any, options: Any) -> Tensor:
+    """What a module was called with, by place or by keyword."""
+    return next(iter((*args, *options.values())))

@@ -1,8 +1,14 @@
-"""Networks as users give them: wrapped, with weights that a hook computes, with state that is no tensor. Leans on torch only."""
+"""Networks as users give them: wrapped, with weights that a hook computes, with state that is no tensor; inputs and outputs of any kind.
+
+Leans on torch only.
+"""
 
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Mapping, Sized
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -41,3 +47,54 @@ def copied(net: nn.Module) -> nn.Module:
             f"the network cannot be copied ({type(error).__name__}: {str(error)[:120]}): take out what is no part of it, such as open "
             "files and locks"
         ) from error
+
+
+def arguments(net: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a batch of inputs goes into a network: a mapping by keywords, if its keys are names of arguments, else as it is."""
+    if isinstance(inputs, Mapping) and all(isinstance(key, str) for key in inputs):
+        try:
+            inspect.signature(unwrapped(net).forward).bind(**inputs)
+        except (TypeError, ValueError):  # other names; a forward without a signature
+            return (inputs,), {}
+        return (), dict(inputs)
+    return (inputs,), {}
+
+
+def call(net: nn.Module, inputs: Any) -> Any:
+    """Outputs on a batch of inputs; for what mappings do, see `arguments`."""
+    args, options = arguments(net, inputs)
+    return net(*args, **options)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a batch of inputs, or in what a network returns: in its lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [t for part in parts for t in tensors_in(part)]
+
+
+def main_output(outputs: Any) -> Tensor | None:
+    """The tensor that matters in what a network returns: its logits, else the first of more than one value; None if there is none."""
+    if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
+        return outputs["logits"]  # type: ignore[no-any-return]
+    found = [t for t in tensors_in(outputs) if t.is_floating_point()]
+    return next((t for t in found if t.numel() > 1), found[0] if found else None)
+
+
+def examples_in(inputs: Any) -> int:
+    """Number of examples in a batch of inputs; 1 if that cannot be told."""
+    first = next(iter(tensors_in(inputs)), inputs)
+    return len(first) if isinstance(first, Sized) and not (isinstance(first, Tensor) and not first.dim()) else 1
+
+
+def split(inputs: Any, size: int) -> list[Any]:
+    """A batch in parts of `size` examples: a tensor, or a mapping of tensors with one row for each; another stays as it is."""
+    if isinstance(inputs, Tensor) and inputs.dim():
+        return list(inputs.split(size))
+    if isinstance(inputs, Mapping):
+        lengths = {len(t) if isinstance(t, Tensor) and t.dim() else None for t in inputs.values()}
+        if len(lengths) == 1 and None not in lengths:
+            rows = range(0, lengths.pop() or 0, size)
+            return [{key: t[at : at + size] for key, t in inputs.items()} for at in rows]
+    return [inputs]

@@ -10,7 +10,8 @@ in which the weights already coded stand at their decoded values. It is solved a
 surgery (Hassibi and Stork 1993) for a random code, as GPTQ is for rounding (Frantar et al. 2023, arXiv 2210.17323); C in place of H
 makes up for the layers before as well. Noise in a weight that all others answer costs 1 / (H^-1)_ii (Hassibi and Stork, equation 5;
 here with the prior's ridge in H), less than H_ii; so the variances are 1 / (precision / (H^-1)_ii + 1 / s^2), and a layer whose
-weights can repair each other gets fewer bits.
+weights can repair each other gets fewer bits. Of the means that share stays in H and C that the bias, in its own few bits, is going to
+leave; how many it needs for what it has to take a rehearsal shows.
 How much a layer's outputs may err is that variance at first, changed by what noise in the layer does to the outputs of the whole network
 (`measure.worth`); for weights of no layer, as of an embedding, it is that alone. The linear maps inside attention and recurrent layers
 are layers here, too (`exposed`), recurrent ones with their states one step before as inputs; those depend on the layer's own weights, so
@@ -44,6 +45,7 @@ _ROUNDING = 1e-6  # variance over mean square
 _SCALED_BELOW = 0.9
 _LARGEST_GAIN, _LARGEST_GAIN_HARDENED = 2.0, 64.0  # of a unit whose outputs are too small, or too large
 _LARGEST_PART_OF_KL = 1.5  # that a tensor may have in the rehearsal
+_LARGEST_PART_OF_BIASES = 0.5  # of all bits
 _DAMPING, _FLOOR = 0.1, 0.01  # of H, relative to its diagonal (so that the unit of an input hardly matters) and to the mean of that
 _LEAST_NOISE = 1e-4  # of a unit, relative to the mean of its layer's
 _LEAST_CHANNEL = 0.01  # variance that an output channel is taken to have, relative to the mean of its layer's
@@ -53,7 +55,6 @@ _LEAST_WORTH = 0.05  # of a vector, of what is typical: gains before a norm seem
 _TYPICAL_INPUTS = 256.0  # of a layer, where no layer was seen
 _FIRST_STEPS, _STEPS = 30, 8  # of conjugate gradients: from the trained weights, from the solution before
 _MEMORY = 16.0  # bits
-_FEWEST_BITS = 1.0  # a bias, to make up for more than its size; by hand: with fewer a small network got worse
 
 
 @dataclass
@@ -148,20 +149,28 @@ class Reconstruction:
         before = {name: float(p.kl()) for name, p in posteriors(self.model).items()}
         real, self.model = self.model, copy.deepcopy(self.model)
         generator = torch.Generator().manual_seed(seed)
-        part = {}
+        part, biases = {}, {}
         held = posteriors(self.model)
         for name in (entry.name for entry in conversion(self.model).of_kind("coded")):  # in the order in which they are coded
             p = held[name]
             self.begin(name, None)
-            part[name] = min(float(p.kl()) / max(before[name], LEAST), _LARGEST_PART_OF_KL)
+            if p.mean.dim() == 1 and name in self.owner:  # what it makes up for counts, however small it was itself
+                biases[name] = float(p.kl()) / NATS_PER_BIT
+            else:
+                part[name] = min(float(p.kl()) / max(before[name], LEAST), _LARGEST_PART_OF_KL)
             noise = torch.randn(p.mean.shape, generator=generator, dtype=torch.float32, device="cpu").to(p.mean)
             p.fix(torch.arange(p.mean.numel(), device=p.mean.device), (p.mean + p.log_std.exp() * noise).flatten())
             gains = self.gains(name)
             if gains is not None:
                 p.value.mul_(gains.reshape(-1, *[1] * (p.mean.dim() - 1)))
         self.model = real
-        self.allocate(kl_bits * sum(before.values()) / sum(part[name] * v for name, v in before.items()))
-        self.kl_bits = {name: part[name] * float(p.kl()) / NATS_PER_BIT for name, p in posteriors(self.model).items()}
+        together = sum(biases.values())
+        share = min(1.0, _LARGEST_PART_OF_BIASES * kl_bits / max(together, LEAST))
+        kept = sum(v * before[name] for name, v in part.items()) / max(sum(before.values()), LEAST)
+        self.allocate((kl_bits - share * together) / max(kept, LEAST))
+        held = posteriors(self.model)
+        self.kl_bits = {name: v * float(held[name].kl()) / NATS_PER_BIT for name, v in part.items()}
+        self.kl_bits |= {name: share * bits for name, bits in biases.items()}
 
     def _widen(self) -> None:
         """Make the priors as wide as suits the candidates of a code that chooses `memory` bits together."""
@@ -269,7 +278,10 @@ class Reconstruction:
 
     @torch.no_grad()
     def begin(self, name: str, kl_bits: float | None) -> None:
-        """Before the first weight of a tensor is coded: what it should be now that others are; its KL is to be `kl_bits`, if given."""
+        """Before the first weight of a tensor is coded: what it should be now that others are.
+
+        Its KL is to be `kl_bits`; if that is None, what noise at the present `lam` asks for.
+        """
         module = self.owner.get(name)
         if module is None:
             return
@@ -277,12 +289,12 @@ class Reconstruction:
         if p.mean.dim() == 1:
             p.mean.add_((self.moments[module][0] - self._output_moments(module)[0]).to(p.mean))
             precision = (self.lam / self.output[module]).to(p.mean)
-            if kl_bits is not None and kl_bits > _FEWEST_BITS * len(p.mean):  # what it makes up for may be larger than what it was
-                square = p.mean.square().mean() + LEAST
-                told = -math.expm1(-2.0 * kl_bits * NATS_PER_BIT / len(p.mean))  # of the variance, by that many bits
-                factor = widening(p.mean.square()[None] / square, precision[None], self.memory * len(p.mean) / kl_bits)
-                p.freeze_prior((factor * told * square).sqrt())
-                p.mean.mul_(told)
+            square = p.mean.square().mean() + LEAST  # what it makes up for may be larger than what it was
+            kl_bits = float((1.0 + square * precision).log2().sum()) / 2.0 if kl_bits is None else kl_bits
+            told = -math.expm1(-2.0 * kl_bits * NATS_PER_BIT / len(p.mean))  # of the variance, by that many bits
+            factor = widening(p.mean.square()[None] / square, precision[None], self.memory * len(p.mean) / max(kl_bits, LEAST))
+            p.freeze_prior((factor * told * square + LEAST).sqrt())
+            p.mean.mul_(told)
             match_kl(p, precision, kl_bits)
             return
         trained = measure.parts(layer, self.trained[name])
@@ -326,20 +338,27 @@ class Reconstruction:
         assert p.prior_std is not None
         return 1.0 / (measure.parts(layer, p.prior_std.square().expand_as(p.mean)) * precision)
 
-    def _has_bias(self, module: str) -> bool:
+    @torch.no_grad()
+    def _left_of_shifts(self, module: str) -> float:
+        """Of a shift of all of a layer's outputs, squared, what its bias is going to leave in its few bits; 1 where there is none."""
         held = posteriors(self.model)
-        own = any(held[name].mean.dim() == 1 for name, owner in self.owner.items() if owner == module)
-        return own or module in dict(conversion(self.model).folded)
+        places = {module, dict(conversion(self.model).folded).get(module)}
+        for name, owner in self.owner.items():
+            p = held[name]
+            if owner in places and p.mean.dim() == 1 and len(p.mean):
+                bits = self.kl_bits.get(name, float(p.kl()) / NATS_PER_BIT)
+                return float(2.0 ** (-2.0 * bits / len(p.mean)))
+        return 1.0
 
     def _damped_products(self, module: str) -> tuple[Tensor, Tensor]:
         """H and C with the same added to both, as if weights cost something by themselves."""
-        h, c = self._products(module, centred=self._has_bias(module))
+        h, c = self._products(module, self._left_of_shifts(module))
         variance = h.diagonal(dim1=1, dim2=2)
         damping = torch.diag_embed(_DAMPING * variance + _FLOOR * variance.mean(1, keepdim=True) + LEAST)
         return h + damping, c + damping
 
-    def _products(self, module: str, *, centred: bool) -> tuple[Tensor, Tensor]:
-        """H and C of a layer, `[parts, inputs, inputs]`."""
+    def _products(self, module: str, left: float) -> tuple[Tensor, Tensor]:
+        """H and C of a layer, `[parts, inputs, inputs]`, with what is `left` of the products of means."""
         layer = self.float.get_submodule(module)
         generator = torch.Generator().manual_seed(0)
         h: Any = 0.0
@@ -347,16 +366,14 @@ class Reconstruction:
         mean: Any = 0.0
         mean_float: Any = 0.0
         count = 0
-        for batch in self.batches:
-            x_float, x = (measure.called(net, module, batch, output=False) for net in (self.float, self.model))
-            x_float, x = measure.rows(layer, [x_float, x], len(self.batches), generator)
+        for pair in zip(*(measure.called(net, module, self.batches, output=False) for net in (self.float, self.model)), strict=True):
+            x_float, x = measure.rows(layer, list(pair), len(self.batches), generator)
             count += x.shape[1]
             h, c = h + x.mT @ x, c + x_float.mT @ x
             mean, mean_float = mean + x.sum(1), mean_float + x_float.sum(1)
         h, c, mean, mean_float = (v / count for v in (h, c, mean, mean_float))
-        if not centred:
-            return h, c
-        return h - mean[:, :, None] * mean[:, None, :], c - mean_float[:, :, None] * mean[:, None, :]
+        repaired = (1.0 - left) * mean[:, None, :]
+        return h - mean[:, :, None] * repaired, c - mean_float[:, :, None] * repaired
 
     @torch.no_grad()
     def gains(self, name: str) -> Tensor | None:
@@ -371,8 +388,8 @@ class Reconstruction:
     def _output_moments(self, module: str) -> tuple[Tensor, Tensor]:
         """Mean and variance of a module's outputs in the network as it is coded so far, by channel."""
         sums = measure.Sums()
-        for batch in self.batches:
-            sums.add(measure.channels(self.model.get_submodule(module), measure.called(self.model, module, batch, output=True)))
+        for output in measure.called(self.model, module, self.batches, output=True):
+            sums.add(measure.channels(self.model.get_submodule(module), output))
         return sums.moments()
 
 

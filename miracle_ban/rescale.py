@@ -30,7 +30,7 @@ from .course import Row, check_loss, run, warm_cosine
 from .errors import CodingError, MiracleError
 from .feed import Feed
 from .load import decode, restore
-from .network import copied
+from .network import arguments, call, copied
 from .teaching import imitation
 from .train import LOG_EVERY, Loss, seeded
 
@@ -61,7 +61,7 @@ def rescale(
         archive: from `encode`, `compress` or `open`; left alone.
         net: the network that it was made from; left alone.
         batches: as in `fit`; without `loss` the targets are ignored.
-        loss: as in `fit`; default to imitate the outputs of `net` (`teaching.imitation`), then these must be one tensor.
+        loss: as in `fit`; default to imitate the outputs of `net` (`teaching.imitation`).
         budget: size of the whole file, bytes or text such as "20 kB"; default as large as it is. Where the new codes take more, those
             that change least stay; and all of them, if on 32 batches what is left of the change does no good.
         epochs: passes over `batches`.
@@ -78,7 +78,7 @@ def rescale(
     Raises:
         CodingError: nothing in the file can be rescaled, or the checkpoint belongs to another run.
         MismatchError: the archive was made for another architecture.
-        MiracleError: the loss is NaN or infinite, or there is none and the outputs are no tensor.
+        MiracleError: the loss is NaN or infinite, or there is none and the outputs hold no tensor to imitate.
 
     Example:
         >>> save(rescale(open("net.mban"), net, loader, budget="25 kB"), "better.mban")  # doctest: +SKIP
@@ -241,16 +241,13 @@ class _Rescaling:
 
     def _values(self, weights: list[dict[str, Tensor]], inputs: Any, targets: Any) -> list[Tensor]:
         """The loss on a batch with each of several sets of weights."""
-        outputs = [functional_call(self.model, own, (inputs,)) for own in weights]
+        outputs = [functional_call(self.model, own, *arguments(self.model, inputs)) for own in weights]
         if self.loss is not None:
             return [self.loss(own, targets) for own in outputs]
         assert self.teacher is not None
         with torch.no_grad():
-            taught = self.teacher(inputs)
-        for own in outputs:
-            if not isinstance(own, Tensor):
-                raise MiracleError(f"outputs of type {type(own).__name__} cannot be imitated: give rescale a loss(outputs, targets)")
-        return [imitation(own.float(), taught.float()) for own in outputs]
+            taught = call(self.teacher, inputs)
+        return [imitation(own, taught) for own in outputs]
 
     def words(self, row: Row) -> str:
         return f"loss {row['loss']:.4f}"

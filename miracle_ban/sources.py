@@ -1,6 +1,7 @@
 """What a user names on the command line: a network, its trained weights, the data.
 
-Every fault that a user can make here ends in a `MiracleError` that says what was found and what is wanted. Leans on `decode` and `errors`.
+Every fault that a user can make here ends in a `MiracleError` that says what was found and what is wanted.
+Leans on `feed`, `load` and `network`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import MiracleError
+from .feed import pair
 from .load import restore
+from .network import call, main_output
 
 Loss = Callable[[Any, Any], Tensor]
 _WRAPPED_KEYS = ("state_dict", "model_state_dict", "model")
@@ -88,16 +91,16 @@ def compare(net: nn.Module, other: nn.Module, batches: Iterable, loss: Loss | No
     for module in (net, other):
         module.eval()
     for batch in itertools.islice(batches, _COMPARED_BATCHES):
-        x, y = batch if loss is not None else (batch, None)
-        values = [module(x) for module in (net, other)]
+        x, y = pair(batch) if loss is not None else (batch, None)
+        values = [call(module, x) for module in (net, other)]
         if loss is not None:
             for name, value in zip(("loss_before", "loss_after"), values, strict=True):
                 found.setdefault(name, []).append(float(loss(value, y)))
-        a, b = values
-        if isinstance(a, Tensor) and a.is_floating_point():
+        a, b = map(main_output, values)
+        if a is not None and b is not None:
             found.setdefault("relative_error", []).append(float((a - b).square().sum() / a.square().sum().clamp_min(1e-30)) ** 0.5)
             if a.dim() == 2 and a.shape[1] > 1:
-                tops = [v.argmax(1) for v in values]
+                tops = [v.argmax(1) for v in (a, b)]
                 found.setdefault("agreement", []).append(100.0 * float((tops[0] == tops[1]).float().mean()))
                 if isinstance(y, Tensor) and y.shape == tops[0].shape and not y.is_floating_point():
                     for name, top in zip(("error_before", "error_after"), tops, strict=True):
@@ -118,12 +121,14 @@ def try_batch(net: nn.Module, batches: Iterable, loss: Loss, spec: str) -> None:
         batch = next(iter(batches), None)
     except Exception as error:
         raise MiracleError(f"{spec} failed at the first batch: {type(error).__name__}: {error}") from error
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise MiracleError(f"the first batch of {spec} is {_kind(batch)}; each must be a pair (inputs, targets)")
+    try:
+        inputs, targets = pair(batch)
+    except MiracleError as error:
+        raise MiracleError(f"the first batch of {spec} is {_kind(batch)}; {error}") from error
     training = net.training
     net.eval()
     try:
-        value = loss(net(batch[0]), batch[1])
+        value = loss(call(net, inputs), targets)
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
         raise MiracleError(f"the first batch of {spec} does not go through {type(net).__name__} and the loss: {told}") from error

@@ -1,6 +1,6 @@
 """A network teaches another: unlabelled inputs with the outputs of one as targets for the other.
 
-Leans on `layers`.
+Leans on `network` and `layers`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import MiracleError
 from .layers import use_mode
+from .network import call, examples_in, main_output
 
 _RAREST = 1e-4  # of the frequency in training: less is never believed of a class
 
@@ -36,7 +38,7 @@ def mean_network(model: nn.Module) -> Callable[[Any], Tensor]:
 
     def run(inputs: Any) -> Tensor:
         with use_mode(model, "mean"), torch.no_grad():
-            return model(inputs)
+            return call(model, inputs)
 
     return run
 
@@ -56,7 +58,7 @@ class Taught:
             self.num_examples = len(inputs)
         else:
             given = getattr(inputs, "num_examples", None) or (len(inputs.dataset) if hasattr(inputs, "dataset") else None)
-            self.num_examples = given or sum(len(b[0] if isinstance(b, (tuple, list)) else b) for b in inputs)
+            self.num_examples = given or sum(examples_in(b[0] if isinstance(b, (tuple, list)) else b) for b in inputs)
 
     def __len__(self) -> int:
         return -(-self.num_examples // self.batch_size) if isinstance(self.inputs, Tensor) else len(self.inputs)
@@ -73,8 +75,16 @@ class Taught:
             yield x, taught
 
 
-def imitation(outputs: Tensor, taught: Tensor) -> Tensor:
-    """Loss of imitating a teacher, nats: cross-entropy between class probabilities; half the squared error of other outputs."""
+def imitation(outputs: Any, taught: Any) -> Tensor:
+    """Loss of imitating a teacher, nats: cross-entropy between class probabilities; half the squared error of other outputs.
+
+    Raises:
+        MiracleError: what matters in the outputs cannot be told (`network.main_output`).
+    """
+    own, taught = main_output(outputs), main_output(taught)
+    if own is None or taught is None:
+        raise MiracleError(f"outputs of type {type(outputs).__name__} hold no tensor that can be imitated: give a loss(outputs, targets)")
+    outputs, taught = own.float(), taught.float()
     if are_scores(outputs):
         return F.cross_entropy(outputs, taught.softmax(1))
     return 0.5 * F.mse_loss(outputs, taught)

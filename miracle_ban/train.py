@@ -29,6 +29,7 @@ from .course import Row, check_loss, run
 from .errors import BudgetError, MiracleError
 from .feed import Feed
 from .layers import posteriors, use_mode
+from .network import call
 from .objective import Steering, beta_elbo, descent
 from .plan import carries_names, kl_bits_by_tensor, predicted_index_bits, side_bits, skeleton
 from .structure import Link
@@ -119,7 +120,7 @@ def train_step(
         MiracleError: the loss is NaN or infinite.
     """
     if attention is None:
-        value, extra = loss(model(batch[0]), batch[1]), None
+        value, extra = loss(call(model, batch[0]), batch[1]), None
         check_loss(value)
     else:
         value, extra = attention.losses(model, batch, loss, num_examples)
@@ -421,7 +422,7 @@ def _narrow(model: nn.Module, feed: Feed, loss: Loss, target: float, steps: int,
             for _ in range(steps // rounds):
                 x, y = feed.next()
                 optimizer.zero_grad(set_to_none=True)
-                value = loss(model(x), y)
+                value = loss(call(model, x), y)
                 value.backward()
                 distributed.mean_gradients(optimizer)
                 for link in links:

@@ -1,8 +1,9 @@
-"""Networks as users give them: wrapped, with extra state, with what a hook computed."""
+"""Networks as users give them: wrapped, with extra state, with what a hook computed, with inputs and outputs that have names."""
 
 from __future__ import annotations
 
 import threading
+from collections import UserDict
 
 import helpers
 import pytest
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from miracle_ban import compress, convert, decode, harden, load, rescale, save
-from miracle_ban.errors import MiracleWarning, MismatchError, UnsupportedModelError
-from miracle_ban.network import copied, tensors, unwrapped
+from miracle_ban.errors import MiracleError, MiracleWarning, MismatchError, UnsupportedModelError
+from miracle_ban.network import arguments, copied, examples_in, main_output, split, tensors, unwrapped
+from miracle_ban.teaching import imitation
 
 QUIET = {"progress": False}
 WRAPPERS = [nn.DataParallel, lambda net: torch.compile(net, backend="eager"), lambda net: nn.DataParallel(torch.compile(net))]
@@ -135,3 +137,89 @@ def test_odd_networks_need_no_inputs(make):
 def test_a_network_without_parameters_is_refused_by_compress_too():
     with pytest.raises(UnsupportedModelError, match="no floating-point parameter"):
         compress(nn.ReLU(), budget=200, **QUIET)
+
+
+class Named(nn.Module):
+    """A network of named inputs and outputs that can compute its loss, as is usual for language models."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, *, images, labels=None):
+        scores = self.net(images)
+        return ({} if labels is None else {"loss": F.cross_entropy(scores, labels)}) | {"logits": scores}
+
+
+def own_loss(outputs, batch):
+    assert set(batch) == {"images", "labels"}
+    return outputs["loss"]
+
+
+def test_a_mapping_goes_in_by_keywords_where_its_keys_are_names_of_arguments():
+    net, x = Named(helpers.TinyNet()), torch.ones(2, 8)
+    for wrapped in (net, torch.compile(net, backend="eager")):
+        assert arguments(wrapped, {"images": x}) == ((), {"images": x})
+    for other in ({"pictures": x}, {0: x}, x, [x]):
+        assert arguments(net, other) == ((other,), {})
+    assert arguments(helpers.TinyNet(), UserDict({"input": x}))[0] != ()  # its argument has another name
+
+
+@pytest.mark.parametrize("level", ["inputs", "batches of inputs", "posteriors", "hardened"])
+def test_named_inputs_and_outputs_do_what_plain_ones_do(trained_net, batches, level):
+    """At every level of help the weights are the same to the bit."""
+    found = []
+    for net in (trained_net, Named(trained_net)):
+        plain = net is trained_net
+        named = batches if plain else [UserDict(images=x, labels=y) for x, y in batches]
+        whole = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+        loss = F.cross_entropy if plain else own_loss
+        if level == "inputs":
+            archive = compress(net, inputs=whole[0] if plain else dict(zip(("images", "labels"), whole, strict=True)), budget=150, **QUIET)
+        elif level == "batches of inputs":
+            archive = compress(net, inputs=named, budget=150, **QUIET)
+        elif level == "posteriors":
+            archive = compress(net, named, loss, budget=600, epochs=3, encode_options={"refine_steps": 3}, **QUIET)
+        else:
+            hardened, _ = harden(net, named, loss, bits=800.0, epochs=1, **QUIET)
+            archive = rescale(compress(hardened, inputs=named, budget=150, **QUIET), hardened, named, **QUIET)
+        found.append({name.removeprefix("net."): t for name, t in decode(archive, net).items()})
+    assert helpers.same_state(*found)
+
+
+def test_a_module_inside_may_be_called_by_keywords():
+    class ByKeywords(nn.Sequential):
+        def forward(self, x):
+            return self[1](input=F.relu(self[0](input=x)))
+
+    torch.manual_seed(0)
+    net = ByKeywords(nn.Linear(8, 12), nn.Linear(12, 3))
+    plain = nn.Sequential(net[0], nn.ReLU(), net[1])
+    x = torch.randn(64, 8)
+    archives = [compress(own, inputs=x, budget=150, **QUIET) for own in (net, plain)]
+    states = [list(decode(archive, own).values()) for archive, own in zip(archives, (net, plain), strict=True)]
+    assert all(a.equal(b) for a, b in zip(*states, strict=True))
+
+
+def test_inputs_that_do_not_go_in_are_named(trained_net):
+    with pytest.raises(MiracleError, match=r"the inputs, pictures, do not go through \w*Named"):
+        compress(Named(trained_net), inputs={"pictures": torch.ones(4, 8)}, budget=150, **QUIET)
+
+
+def test_what_matters_in_outputs():
+    scores, hidden = torch.ones(4, 3), torch.ones(4, 7)
+    assert main_output({"hidden": hidden, "logits": scores}) is scores
+    assert main_output((torch.ones(()), [hidden, scores])) is hidden
+    assert main_output({"ids": torch.ones(4, dtype=torch.long)}) is None
+    assert imitation({"logits": scores}, scores).equal(imitation(scores, scores))
+    with pytest.raises(MiracleError, match="str hold no tensor"):
+        imitation("outputs", "taught")
+
+
+def test_parts_of_a_batch():
+    x, y = torch.arange(5), torch.ones(5, 2)
+    assert [len(part) for part in split(x, 2)] == [2, 2, 1]
+    assert [(part["x"].tolist(), part["y"].shape[0]) for part in split({"x": x, "y": y}, 3)] == [([0, 1, 2], 3), ([3, 4], 2)]
+    for whole in ({"x": x, "y": torch.ones(4)}, {"x": x, "y": 3}, {}, [x, x], torch.ones(())):
+        assert split(whole, 2) == [whole]
+    assert [examples_in(v) for v in (x, {"a": "b", "x": y}, [[y]], "text", 3, torch.ones(()))] == [5, 5, 5, 4, 1, 1]

@@ -92,7 +92,8 @@ def test_inputs_given_by_the_user_are_cut_into_batches():
     assert len(torch.cat(batches_of(x, 100))) == 100
     pairs = [(x[:40], torch.zeros(40)), (x[40:80], torch.zeros(40))]
     assert torch.equal(torch.cat(batches_of(pairs)), x[:80])
-    assert batches_of({"in": x}) == [{"in": x}]
+    assert torch.equal(torch.cat([batch["in"] for batch in batches_of({"in": x})]), x)
+    assert sum(len(batch["in"]) for batch in batches_of([{"in": x[:40], "mask": x[:40]}] * 5, 100)) == 120
     for nothing in ([], 3):
         with pytest.raises(MiracleError, match="inputs"):
             batches_of(nothing)
@@ -525,3 +526,24 @@ def test_networks_of_16_and_64_bits_and_scalars_among_their_parameters(dtype, gi
     state = decode(parse(archive.to_bytes()), net)
     assert {t.dtype for name, t in state.items() if "tracked" not in name} == {dtype}
     assert abs(float(state["scale"]) - 2.0) < 0.5
+
+
+def test_a_bias_of_no_size_gets_the_bits_that_shifts_ask_for():
+    """Coded weights shift the outputs of their layer, the more the larger the means of its inputs are."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    for layer in (net[0], net[2]):
+        nn.init.zeros_(layer.bias)
+    x = torch.randn(256, 16)
+    own = Reconstruction(convert(net, per_unit=True), [x])
+    assert own._left_of_shifts("2") > 0.99
+    own.plan(1.2 * 640)
+    assert own.kl_bits["2.bias"] > 8.0
+    assert own._left_of_shifts("2") < 0.1
+    assert sum(own.kl_bits.values()) == pytest.approx(1.2 * 640, rel=0.05)
+    with torch.no_grad():
+        wanted = net(x)
+        loaded = copy.deepcopy(net)
+        loaded.load_state_dict(decode(compress(net, inputs=x, budget=140, progress=False), loaded))
+        shift = (loaded(x).mean(0) - wanted.mean(0)).square().mean()
+    assert shift < 0.03 * wanted.var(0).mean()
