@@ -80,7 +80,8 @@ def compress(
         coder: as in `encode`; the default is the one that makes the best network for its bytes (see the README).
         seed: as in `encode`.
         inputs: what layers are measured on, unless posteriors are trained: a tensor of examples, a mapping of such tensors, or an iterable
-            of batches (labels are ignored), 1,024 examples at most are used; default `batches`, or made up to fit the network's BatchNorms (`inputs`).
+            of batches (labels are ignored), 1,024 examples at most are used; default `batches`, or made up to fit the network's
+            BatchNorms (`inputs`).
         context: with `batches`: inputs of the context that the file is for, as in `encode`; trains with attention, on random sets
             of the classes unless `fit_options` gives an `attention`. For several packages of one training, call `fit` and `encode`.
         where, per_unit: as in `convert`.
