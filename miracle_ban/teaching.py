@@ -84,7 +84,7 @@ def imitation(outputs: Any, taught: Any) -> Tensor:
     own, taught = main_output(outputs), main_output(taught)
     if own is None or taught is None:
         raise MiracleError(f"outputs of type {type(outputs).__name__} hold no tensor that can be imitated: give a loss(outputs, targets)")
-    outputs, taught = own.float(), taught.float()
+    outputs, taught = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (own, taught))
     if are_scores(outputs):
         return F.cross_entropy(outputs, taught.softmax(1))
     return 0.5 * F.mse_loss(outputs, taught)
