@@ -196,8 +196,11 @@ class _Packaging:
         side = side_bits(skeleton(model, coder=coder, seed=self.seed, names=names))
         goal = index_budget_bits(parse_bytes(self.budget), side)
         reconstruction = Reconstruction(model, self.batches, noise)
+        by_layers = isinstance(coder, coders.Trellis)  # others code the posteriors as they are now
         memory = float(coder.memory or BLOCK_BITS) if isinstance(coder, coders.Trellis) else BLOCK_BITS
-        reconstruction.plan(goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), memory=memory, seed=self.seed, rehearsed=rehearsed)
+        reconstruction.plan(
+            goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), memory=memory, seed=self.seed, rehearsed=rehearsed and by_layers
+        )
         return model, coder, reconstruction
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,11 @@ from .layers import use_mode
 from .network import call, main_output, split, tensors_in
 
 _LARGEST_PART = 4096  # inputs of a layer that are solved for together
-_ROWS, _ROWS_PER_INPUT = 16384, 8  # examples times positions that H is measured on: at least, and for each input
+_ROWS, _ROWS_PER_INPUT = 1 << 14, 8  # examples times positions that H is measured on: at least, and for each input;
+_MORE_ROWS, _PRODUCTS = 1 << 16, 1 << 34  # more where these, and their products of two inputs, are not too many
 _LEAST = 1e-12
-_CHUNK, _CHUNKS = 8, 16  # examples that gradients are taken of together, and how often
+_CHUNK, _CHUNKS = 8, 32  # examples that gradients are taken of together, and how often
+_MOST_UNITS = 2048  # of a module, of which it is known what noise in two of them does together
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 WITH_CHANNELS = (*_CHANNELS_LAST, *_CHANNELS_FIRST)
@@ -64,7 +66,7 @@ def rows(layer: nn.Module, inputs: list[Tensor], batches: int, generator: torch.
     size = views[0].shape[: views[0].dim() - _inner(layer)]
     wide = views[0][(0,) * len(size)].numel()
     number = math.prod(size)
-    most = -(-max(_ROWS, _ROWS_PER_INPUT * wide) // batches)
+    most = -(-max(_ROWS, _ROWS_PER_INPUT * wide, min(_MORE_ROWS, _PRODUCTS // wide**2)) // batches)
     at = torch.randperm(number, generator=generator, device="cpu")[:most] if number > most else torch.arange(number, device="cpu")
     places = tuple(i.to(inputs[0].device) for i in torch.unravel_index(at, size))
     return [v[places].reshape(len(at), _number_of_parts(layer), -1).transpose(0, 1).float() for v in views]
@@ -144,43 +146,100 @@ def moments(net: nn.Module, modules: set[str], batches: list[Any]) -> tuple[Mome
     return {n: v[0].moments() for n, v in sums.items()}, {n: v[1].moments() for n, v in sums.items()}
 
 
-@torch.enable_grad()
-def worth(net: nn.Module, batches: list[Any], wanted: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """How much of their own variance noise of variance one in one weight adds to the network's outputs, to first order.
+class Worth(NamedTuple):
+    """How much of their own variance noise adds to a network's outputs: noise of variance one in one of its weights, or in one place
+    of a module's outputs.
 
-    The diagonal of the Gauss-Newton matrix, by the squares of gradients of the outputs with random signs (Hutchinson's estimate; Martens
-    et al. 2012, arXiv 1206.6464). Of each tensor in `wanted` that the outputs depend on the means over rows `[n]` and over columns `[k]`,
-    of vectors the values and their mean. Empty where there are no gradients to be had.
+    Attributes:
+        weights: of each tensor the means over rows `[n]` and over columns `[k]`, of vectors the values and their mean.
+        outputs: of each module, summed over the places of one example, `[groups, units, units]`: noise e adds e^T G e; of very wide
+            ones, and of norms, the diagonal `[groups, units, 1]`.
+    """
+
+    weights: dict[str, tuple[Tensor, Tensor]]
+    outputs: dict[str, Tensor]
+
+
+@torch.enable_grad()
+def worth(net: nn.Module, batches: list[Any], wanted: dict[str, Tensor], modules: Iterable[str] = ()) -> Worth:
+    """What noise does, to first order; empty where there are no gradients to be had.
+
+    The diagonal of the Gauss-Newton matrix and, of layers, the factor on the side of the outputs of its Kronecker approximation (Martens
+    and Grosse 2015, arXiv 1503.05671), by gradients of the outputs with random signs (Hutchinson's estimate; Martens et al. 2012, arXiv
+    1206.6464).
     """
     chunks = [part for batch in batches for part in split(batch, _CHUNK)]
     generator = torch.Generator().manual_seed(0)
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    weights: dict[str, tuple[Tensor, Tensor]] = {}
+    outputs: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
     values = 0
+    calls: list[tuple[str, nn.Module, Tensor]] = []
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
+        def hook(module: nn.Module, _: Any, output: Any) -> Tensor | None:
+            if not (isinstance(output, Tensor) and output.requires_grad):
+                return None
+            calls.append((name, module, output))
+            return output.clone()  # what comes next may work in place
+
+        return hook
+
+    hooks = [net.get_submodule(name).register_forward_hook(keep(name)) for name in modules] if chunks and wanted else []
     training = net.training
     net.eval()
     try:
         with use_mode(net, "mean"):
             for chunk in chunks[:: max(len(chunks) // _CHUNKS, 1)]:
                 total: Any = 0.0
+                calls.clear()
                 for y in _with_gradients(through(net, chunk)):
                     signs = torch.randint(2, y.shape, generator=generator, device="cpu").to(y) * 2.0 - 1.0
                     total = total + (signs * y).sum() / (y.detach().std(correction=0) + _LEAST)
                     values += y.numel()
                 if not values:
-                    return {}
-                for name, g in zip(wanted, torch.autograd.grad(total, list(wanted.values()), allow_unused=True), strict=True):
+                    return Worth({}, {})
+                gradients = torch.autograd.grad(total, [*wanted.values(), *(y for _, _, y in calls)], allow_unused=True)
+                for name, g in zip(wanted, gradients, strict=False):
                     if g is not None:
                         square = g.float().square()
                         rows = square if g.dim() < 2 else square.flatten(1).mean(1)
                         columns = square.mean() if g.dim() < 2 else square.transpose(0, 1).flatten(1).mean(1)
-                        before = found.get(name, (0.0, 0.0))
-                        found[name] = before[0] + rows, before[1] + columns
+                        before = weights.get(name, (0.0, 0.0))
+                        weights[name] = before[0] + rows, before[1] + columns
+                for (name, module, _), g in zip(calls, gradients[len(wanted) :], strict=True):
+                    if g is not None:
+                        products, places = _products(module, g)
+                        outputs[name] = outputs.get(name, 0.0) + products
+                        counts[name] = counts.get(name, 0) + places
     except (MiracleError, RuntimeError):  # a batch that can't be divided, an operation without gradients, too little memory
-        return {}
+        return Worth({}, {})
     finally:
         net.train(training)
-    known = {name: v for name, v in found.items() if v[0].any() and torch.isfinite(v[0]).all()}
-    return {name: (rows / values, columns / values) for name, (rows, columns) in known.items()}
+        for h in hooks:
+            h.remove()
+    weights = {name: v for name, v in weights.items() if v[0].any() and torch.isfinite(v[0]).all()}
+    outputs = {name: v for name, v in outputs.items() if v.any() and torch.isfinite(v).all()}
+    return Worth({name: (rows / values, columns / values) for name, (rows, columns) in weights.items()},
+                 {name: _shrunk(v / values, counts[name]) for name, v in outputs.items()})  # fmt: skip
+
+
+def _products(module: nn.Module, gradients: Tensor) -> tuple[Tensor, int]:
+    """Sums over places of the products of a module's output gradients, see `Worth.outputs`, and how many places."""
+    g = channels(module, gradients)
+    g = g.reshape(groups(module), -1, g.shape[1])
+    full = isinstance(module, SOLVED) and g.shape[1] <= _MOST_UNITS
+    return (g @ g.mT if full else g.square().sum(2, keepdim=True)), g.shape[2]
+
+
+def _shrunk(products: Tensor, places: int) -> Tensor:
+    """Nearer to a diagonal matrix, the fewer places it comes from."""
+    units = products.shape[1]
+    if products.shape[2] < units:
+        return products
+    diagonal = products.diagonal(dim1=1, dim2=2)
+    share = places / (places + units)
+    return share * products + torch.diag_embed((1.0 - share) * diagonal)
 
 
 def _with_gradients(outputs: Any) -> list[Tensor]:

@@ -46,11 +46,17 @@ _SCALED_BELOW = 0.9
 _LARGEST_GAIN, _LARGEST_GAIN_HARDENED = 2.0, 64.0  # of a unit whose outputs are too small, or too large
 _LARGEST_PART_OF_KL = 1.5  # that a tensor may have in the rehearsal
 _LARGEST_PART_OF_BIASES = 0.5  # of all bits
-_DAMPING, _FLOOR = 0.1, 0.01  # of H, relative to its diagonal (so that the unit of an input hardly matters) and to the mean of that
+_DAMPING, _DAMPING_OF_STATES, _FLOOR = (
+    0.05,
+    0.1,
+    0.01,
+)  # of H, relative to its diagonal (so that the unit of an input hardly matters) and to the mean of that
 _LEAST_NOISE = 1e-4  # of a unit, relative to the mean of its layer's
 _LEAST_CHANNEL = 0.01  # variance that an output channel is taken to have, relative to the mean of its layer's
-# how far noise follows what it does to the network's outputs, as powers; by hand: in full a ResNet-20 lost five points in 40,000 bytes
-_WEIGHED_LAYERS, _WEIGHED_UNITS = 0.75, 0.5
+_LEAST_CURVATURE = 0.1  # of a layer's outputs, relative to the mean of its units
+# how far noise follows what it does to the network's outputs from layer to layer, as a power; by hand: at 0.5 and 0.9 a ResNet-20's
+# score error in 37,500 bytes rose by 3 and 4 percent
+_WEIGHED_LAYERS = 0.75
 _LEAST_WORTH = 0.05  # of a vector, of what is typical: gains before a norm seem to be worth nothing, until noise is as large as they are
 _TYPICAL_INPUTS = 256.0  # of a layer, where no layer was seen
 _FIRST_STEPS, _STEPS = 30, 8  # of conjugate gradients: from the trained weights, from the solution before
@@ -63,8 +69,8 @@ class _Regression:
 
     h: Tensor  # [parts, inputs, inputs]
     goal: Tensor  # W C, [parts, rows, inputs]
-    precision: Tensor  # of the outputs, [parts or 1, rows, 1]
-    worth: Tensor  # of a weight: the curvature of the error when all the others make up for it, [parts, 1, inputs]
+    curvature: Tensor  # of the outputs, [parts or 1, rows, rows], or [parts or 1, rows, 1] if it is diagonal
+    worth: Tensor  # of a weight: the curvature of the error when all the others make up for it, [parts, rows, inputs]
 
 
 class Reconstruction:
@@ -87,7 +93,7 @@ class Reconstruction:
         self.scaled = False  # whether units are scaled once their layer is coded
         self.kl_bits: dict[str, float] = {}  # that each tensor is going to have when it is coded
         self.owner = _owners(model)
-        self.output: dict[str, Tensor] = {}  # of each module that owns something: what noise is held against, by channel
+        self.curvature: dict[str, Tensor] = {}  # of each module that owns something: what noise in its outputs costs, see `measure.Worth`
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # mean and variance of its outputs in the float network, by channel
         self.prior: dict[str, Tensor] = {}  # variance by unit, where the noise was known before
         self.most: dict[str, Tensor] = {}  # mean square of a unit's means over its prior's variance, there
@@ -192,57 +198,71 @@ class Reconstruction:
                 p.mean.copy_(torch.where(p.fixed, p.mean, self.trained[name]))
 
     def _measure(self) -> dict[str, Tensor]:
-        """The precision, for `lam` 1, that each weight is worth: its input's variance over `output`."""
+        """The precision, for `lam` 1, that each weight is worth: its input's variance times the curvature of its unit."""
         inputs, self.moments = measure.moments(self.float, set(self.owner.values()), self.batches)
         self.owner = {name: module for name, module in self.owner.items() if module in inputs}
-        self.output = {module: _typical_variance(*moments) for module, moments in self.moments.items()}
-        self._output_from_noise(inputs)
+        output = {module: _typical_variance(*moments) for module, moments in self.moments.items()}
         held = {name: p.mean.detach() for name, p in posteriors(self.model).items() if p.mean.numel()}
         matrices = [name for name, weights in held.items() if name in self.owner and weights.dim() > 1]
-        found = {name: self._own_precision(name, inputs[self.owner[name]][1]) for name in matrices}
         settled = set(matrices) <= set(self.noise) and set(held) <= set(self.owner)  # nothing is left that worth would change
         wanted: dict[str, Tensor] = {} if settled else {name: p.mean for name, p in posteriors(self.float).items() if name in held}
-        worth = measure.worth(self.float, self.batches if wanted else [], wanted)
-        level = self._weigh(found, {name: rows for name, (rows, _) in worth.items() if name in found})
+        worth = measure.worth(self.float, self.batches if wanted else [], wanted, output)
+        output = self._output_from_noise(output, inputs)
+        for name in matrices:  # a map that is only shown what it multiplies (`exposed`)
+            module = self.owner[name]
+            if name in worth.weights and module not in worth.outputs:
+                rows = worth.weights[name][0] / self._input_variance(name, inputs[module][1]).mean(1)
+                units = (rows / output[module] + LEAST).sqrt()
+                units = units * (rows.mean() / units.mean())
+                worth.outputs[module] = units.reshape(measure.groups(self.float.get_submodule(module)), -1, 1)
+        self._set_curvature(output, worth.outputs)
+        found = {name: self._own_precision(name, inputs[self.owner[name]][1]) for name in matrices}
+        level = self._level({name: (found[name], worth.weights[name][0]) for name in matrices if name in worth.weights})
         for name, weights in held.items():
             if name in self.owner and weights.dim() == 1:
-                found[name] = self.output[self.owner[name]].reciprocal().to(weights)
+                found[name] = self._by_channel(self.owner[name]).to(weights)
         others = {name: weights for name, weights in held.items() if name not in self.owner}
-        found |= _of_no_layer(others, worth, level, _typical_inputs([held[name] for name in matrices]))
+        found |= _of_no_layer(others, worth.weights, level, _typical_inputs([held[name] for name in matrices]))
         for name, weights in held.items():
             if weights.dim() > 1:
                 found[name] = found[name] * self.trained[name].flatten(1).any(1).reshape(-1, *[1] * (weights.dim() - 1))  # none to zeros
         return found
 
+    def _set_curvature(self, output: dict[str, Tensor], worth: dict[str, Tensor]) -> None:
+        """Of each module's outputs one over what noise is held against, changed most of the way to what it does to the network's.
+
+        What noise in many layers does together is not the sum of what it does in each. Units of one layer count, alone and together, in
+        proportion to what noise in them does. Where training had its own noise, all stays.
+        """
+        noisy = {self.owner[name] for name in self.noise if name in self.owner}
+        norm = dict(conversion(self.model).folded)
+        noisy |= {norm[module] for module in noisy if module in norm}
+        known = {module: g for module, g in worth.items() if module not in noisy}
+        level = self._level({name: (output[m].reciprocal(), _diagonal(known[m])) for name, m in self.owner.items() if m in known})
+        for module, variance in output.items():
+            if module in known:
+                own = float((variance.reciprocal().mean() / _diagonal(known[module]).mean()).log())
+                g = known[module] * math.exp((1.0 - _WEIGHED_LAYERS) * own + _WEIGHED_LAYERS * (level or 0.0))
+                least = _LEAST_CURVATURE * float(_diagonal(g).mean())
+                self.curvature[module] = g + least * torch.eye(g.shape[1], device=g.device) if _is_full(g) else g + least
+            else:
+                self.curvature[module] = variance.reciprocal().reshape(measure.groups(self.float.get_submodule(module)), -1, 1)
+
+    def _level(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> float | None:
+        """Logarithm of the ratio of two tensors' means, on average over the weights; None of no weights."""
+        logs = [(self.trained[name].numel(), float((a.mean() / b.mean()).log())) for name, (a, b) in pairs.items()]
+        return _weighted_mean(logs) if logs else None
+
+    def _by_channel(self, module: str) -> Tensor:
+        """Curvature of a module's outputs one by one, `[channels]`."""
+        return _diagonal(self.curvature[module]).flatten()
+
     def _own_precision(self, name: str, by_channel: Tensor) -> Tensor:
         """Of the weights of a layer, by what they are multiplied with, `[rows, channels, 1, ...]`; or as it was trained with."""
-        precision = self._input_variance(name, by_channel) / self.output[self.owner[name]][:, None]
+        precision = self._input_variance(name, by_channel) * self._by_channel(self.owner[name])[:, None]
         if name in self.noise:
             self.prior[name], precision = prior_under(self._own_noise(name), self.trained[name])
         return precision.reshape(*precision.shape, *[1] * (self.trained[name].dim() - 2))
-
-    def _weigh(self, found: dict[str, Tensor], worth: dict[str, Tensor]) -> float | None:
-        """Move noise to layers and units where it does less to the network's outputs than elsewhere, most of the way.
-
-        What noise in many weights does together is not the sum of what it does in each.
-
-        Returns:
-            Logarithm of precision over worth on average, if something is known.
-        """
-        norm = dict(conversion(self.model).folded)
-        layers = {name: float((found[name].mean() / rows.mean()).log()) for name, rows in worth.items()}
-        if not layers:
-            return None
-        level = _weighted_mean([(self.trained[name].numel(), value) for name, value in layers.items()])
-        for name, rows in worth.items():
-            if name in self.noise:
-                continue
-            units = (found[name].flatten(1).mean(1) / (rows + _FLOOR * rows.mean())).log()
-            factor = (_WEIGHED_LAYERS * (layers[name] - level) + _WEIGHED_UNITS * (units - layers[name])).exp()
-            found[name] = found[name] / factor.reshape(-1, *[1] * (found[name].dim() - 1))
-            module = self.owner[name]
-            self.output |= {m: self.output[m] * factor for m in {module, norm.get(module, module)}}
-        return level
 
     def _input_variance(self, name: str, by_channel: Tensor) -> Tensor:
         """Damped variance of what each weight of a layer is multiplied with, the same for all places of a kernel: `[rows, channels]`."""
@@ -255,26 +275,27 @@ class Reconstruction:
         weights = self.trained[name]
         return self.noise[name].to(weights) * weights.flatten(1).square().mean(1, keepdim=True)
 
-    def _output_from_noise(self, inputs: measure.Moments) -> None:
+    def _output_from_noise(self, output: dict[str, Tensor], inputs: measure.Moments) -> dict[str, Tensor]:
         """Put what noise in one weight, as large as training had it, does to the outputs in place of what they vary.
 
         Where training had none, as much less than the variance as on average elsewhere.
         """
         norm = dict(conversion(self.model).folded)
-        less = {}
+        output, less = dict(output), {}
         for name in self.noise:
             module, weights = self.owner.get(name), self.trained.get(name)
             if module is not None and weights is not None and weights.dim() > 1 and weights.any():
                 noise = (self._own_noise(name) * self._input_variance(name, inputs[module][1]) + LEAST).log().mean(1).exp()
-                less[module] = float((noise.sum() / self.output[module].sum()).log())
+                less[module] = float((noise.sum() / output[module].sum()).log())
                 silent = ~weights.flatten(1).any(1)
                 noise = torch.where(silent, noise[~silent].mean(), noise)
-                self.output[module] = noise.clamp_min(float(noise.mean()) * _LEAST_NOISE)
+                output[module] = noise.clamp_min(float(noise.mean()) * _LEAST_NOISE)
                 if module in norm:
-                    less[norm[module]], self.output[norm[module]] = less[module], self.output[module]
+                    less[norm[module]], output[norm[module]] = less[module], output[module]
         if less:
             typical = math.exp(statistics.fmean(less.values()))
-            self.output = {module: output if module in less else typical * output for module, output in self.output.items()}
+            output = {module: v if module in less else typical * v for module, v in output.items()}
+        return output
 
     @torch.no_grad()
     def begin(self, name: str, kl_bits: float | None) -> None:
@@ -288,7 +309,7 @@ class Reconstruction:
         p, layer = posteriors(self.model)[name], self.float.get_submodule(module)
         if p.mean.dim() == 1:
             p.mean.add_((self.moments[module][0] - self._output_moments(module)[0]).to(p.mean))
-            precision = (self.lam / self.output[module]).to(p.mean)
+            precision = (self.lam * self._by_channel(module)).to(p.mean)
             square = p.mean.square().mean() + LEAST  # what it makes up for may be larger than what it was
             kl_bits = float((1.0 + square * precision).log2().sum()) / 2.0 if kl_bits is None else kl_bits
             told = -math.expm1(-2.0 * kl_bits * NATS_PER_BIT / len(p.mean))  # of the variance, by that many bits
@@ -299,12 +320,12 @@ class Reconstruction:
             return
         trained = measure.parts(layer, self.trained[name])
         h, c = self._damped_products(module)
-        precision = (self.lam / self.output[module]).reshape(measure.groups(layer), -1, 1)
+        g = self.lam * self.curvature[module]
         coded = ~measure.parts(layer, p.fixed.to(p.mean)).bool()  # a dropped unit's prior is next to nothing
-        ridge = float(self._prior_ridge(p, layer, precision)[coded].median()) if coded.any() else 0.0
-        inverse = _inverse_diagonal(h + ridge * torch.eye(h.shape[1], dtype=h.dtype, device=h.device))
-        worth = (inverse.reciprocal() - ridge).clamp_min(LEAST)[:, None, :]
-        self._regressions = {name: _Regression(h, trained @ c, precision, worth)}
+        ridge = float(self._prior_ridge(p, layer)[coded].median()) if coded.any() else 0.0
+        of_inputs = _alone(h, ridge / float(_diagonal(g).mean()))
+        of_units = _alone(g, ridge / float(h.diagonal(dim1=1, dim2=2).mean())) if _is_full(g) else _diagonal(g)
+        self._regressions = {name: _Regression(h, trained @ c, g, of_units[:, :, None] * of_inputs[:, None, :])}
         self._solve(name, kl_bits, _FIRST_STEPS)
         if name in self.most:  # a unit whose means became too large for its bits is coded smaller; `gains` makes it larger again
             factor = (self.most[name] / (share_of_means(p) + LEAST)).sqrt().clamp_max(1.0).reshape(-1, *[1] * (p.mean.dim() - 1))
@@ -326,17 +347,19 @@ class Reconstruction:
         p, layer, r = posteriors(self.model)[name], self.float.get_submodule(self.owner[name]), self._regressions[name]
         free = measure.parts(layer, (~p.fixed).to(p.mean))
         fixed, mean = measure.parts(layer, p.value) * (1 - free), measure.parts(layer, p.mean) * free
-        ridge = self._prior_ridge(p, layer, r.precision)
-        mean = _conjugate_gradients(lambda m: (m @ r.h + ridge * m) * free, (r.goal - fixed @ r.h) * free, mean,
-                                    r.h.diagonal(dim1=1, dim2=2)[:, None, :] + ridge, steps)  # fmt: skip
+        ridge = self._prior_ridge(p, layer)
+        diagonal = _diagonal(r.curvature)[:, :, None] * r.h.diagonal(dim1=1, dim2=2)[:, None, :] + ridge
+        mean = _conjugate_gradients(lambda m: (_through(r.curvature, m @ r.h) + ridge * m) * free,
+                                    _through(r.curvature, r.goal - fixed @ r.h) * free, mean, diagonal, steps,
+                                    axes=(1, 2) if _is_full(r.curvature) else (2,))  # fmt: skip
         p.mean.copy_(torch.where(p.fixed, p.mean, measure.joined(layer, mean, p.mean.shape)))
-        match_kl(p, measure.joined(layer, (r.precision * r.worth).expand_as(mean), p.mean.shape), kl_bits)
+        match_kl(p, measure.joined(layer, r.worth.expand_as(mean), p.mean.shape), kl_bits)
 
     @staticmethod
-    def _prior_ridge(p: Posterior, layer: nn.Module, precision: Tensor) -> Tensor:
-        """What the prior adds to H, `[parts, rows, inputs]`."""
+    def _prior_ridge(p: Posterior, layer: nn.Module) -> Tensor:
+        """The prior's precision, `[parts, rows, inputs]`."""
         assert p.prior_std is not None
-        return 1.0 / (measure.parts(layer, p.prior_std.square().expand_as(p.mean)) * precision)
+        return 1.0 / measure.parts(layer, p.prior_std.square().expand_as(p.mean))
 
     @torch.no_grad()
     def _left_of_shifts(self, module: str) -> float:
@@ -354,7 +377,8 @@ class Reconstruction:
         """H and C with the same added to both, as if weights cost something by themselves."""
         h, c = self._products(module, self._left_of_shifts(module))
         variance = h.diagonal(dim1=1, dim2=2)
-        damping = torch.diag_embed(_DAMPING * variance + _FLOOR * variance.mean(1, keepdim=True) + LEAST)
+        share = _DAMPING_OF_STATES if isinstance(self.float.get_submodule(module), StateMap) else _DAMPING
+        damping = torch.diag_embed(share * variance + _FLOOR * variance.mean(1, keepdim=True) + LEAST)
         return h + damping, c + damping
 
     def _products(self, module: str, left: float) -> tuple[Tensor, Tensor]:
@@ -463,17 +487,40 @@ def _separable(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
     return product.reshape(*product.shape, *[1] * (dim - 2))
 
 
-def _conjugate_gradients(apply: Callable[[Tensor], Tensor], goal: Tensor, x: Tensor, diagonal: Tensor, steps: int) -> Tensor:
-    """Solve apply(x) = goal, row by row, from `x` on; `diagonal` is that of the symmetric positive map."""
+def _is_full(g: Tensor) -> bool:
+    """Whether curvatures are `[parts, rows, rows]`, not `[parts, rows, 1]`, the diagonals."""
+    return g.shape[2] == g.shape[1]
+
+
+def _diagonal(g: Tensor) -> Tensor:
+    """Of curvatures, `[parts, rows]`."""
+    return g.diagonal(dim1=1, dim2=2) if _is_full(g) else g[:, :, 0]
+
+
+def _through(g: Tensor, m: Tensor) -> Tensor:
+    """Curvatures times `[parts, rows, inputs]`."""
+    return g @ m if _is_full(g) else g * m
+
+
+def _alone(matrices: Tensor, ridge: float) -> Tensor:
+    """Curvature of the error in one weight when all the others make up for it, ridge and all: `[parts, n]`."""
+    inverse = _inverse_diagonal(matrices + ridge * torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device))
+    return (inverse.reciprocal() - ridge).clamp_min(LEAST)
+
+
+def _conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], goal: Tensor, x: Tensor, diagonal: Tensor, steps: int, *, axes: tuple[int, ...]
+) -> Tensor:
+    """Solve apply(x) = goal from `x` on; `diagonal` is that of the symmetric positive map, which stays within `axes`."""
     residual = goal - apply(x)
     z = residual / diagonal
-    direction, size = z, (residual * z).sum(-1, keepdim=True)
+    direction, size = z, (residual * z).sum(axes, keepdim=True)
     for _ in range(steps):
         mapped = apply(direction)
-        length = size / ((direction * mapped).sum(-1, keepdim=True) + 1e-30)
+        length = size / ((direction * mapped).sum(axes, keepdim=True) + 1e-30)
         x, residual = x + length * direction, residual - length * mapped
         z = residual / diagonal
-        before, size = size, (residual * z).sum(-1, keepdim=True)
+        before, size = size, (residual * z).sum(axes, keepdim=True)
         direction = z + size / (before + 1e-30) * direction
     return x
 

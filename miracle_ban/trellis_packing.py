@@ -27,7 +27,7 @@ from .trellis import RATE_UNIT, Rate
 _RATE_CODE_BITS = 2  # by which the code of a rate may grow from one to the next
 _STEPS_AT_ONCE = 1 << 13  # in one search through several tensors
 _LARGEST_LOG2_FRAMES = 12
-_CORRECTIONS, _FEWEST_STEPS = 16, 64  # parts that a reconstructed tensor is coded in, and steps in each at least
+_CORRECTIONS, _FEWEST_STEPS = 64, 64  # parts that a reconstructed tensor is coded in, and steps in each at least
 _LARGE, _CORRECTIONS_OF_LARGE = 1 << 18, 4  # weights; solving for them again takes seconds
 _SPARE_BITS = 0.1  # for each unit of a layer: prior codes that change take about as many bits as before
 _LARGEST_FACTOR = 1.3  # more bits than that over what the KL asks for buy next to nothing

@@ -252,8 +252,13 @@ def test_conjugate_gradients_solve_the_system():
     root = torch.randn(2, 30, 30, dtype=torch.float64)
     matrix, goal = root @ root.mT + torch.eye(30), torch.randn(2, 4, 30, dtype=torch.float64)
     diagonal = matrix.diagonal(dim1=1, dim2=2)[:, None, :]
-    found = _conjugate_gradients(lambda m: m @ matrix, goal, torch.zeros_like(goal), diagonal, 60)
+    found = _conjugate_gradients(lambda m: m @ matrix, goal, torch.zeros_like(goal), diagonal, 60, axes=(2,))
     assert torch.allclose(found @ matrix, goal, atol=1e-6)
+    root = torch.randn(2, 4, 4, dtype=torch.float64)
+    left = root @ root.mT + torch.eye(4)  # rows that depend on each other
+    diagonal = left.diagonal(dim1=1, dim2=2)[:, :, None] * diagonal
+    found = _conjugate_gradients(lambda m: left @ m @ matrix, goal, torch.zeros_like(goal), diagonal, 400, axes=(1, 2))
+    assert torch.allclose(left @ found @ matrix, goal, atol=1e-6)
 
 
 def test_the_means_are_the_minimum_of_error_and_prior(normed):
@@ -270,10 +275,11 @@ def test_the_means_are_the_minimum_of_error_and_prior(normed):
     r = found._regressions["a.weight"]
     weight = torch.where(p.fixed, p.value, p.mean).detach().requires_grad_(True)
     w = parts(normed.a, weight)
-    objective = 0.5 * (r.precision * (w @ r.h * w - 2 * w * r.goal)).sum() + (0.5 * weight.square() / p.prior_std.square()).sum()
+    error = (r.curvature @ (w @ r.h - 2 * r.goal) * w).sum()
+    objective = 0.5 * error + (0.5 * weight.square() / p.prior_std.square()).sum()
     (gradient,) = torch.autograd.grad(objective, weight)
     start = torch.where(p.fixed, p.value, posteriors(found.float)["a.weight"].mean).detach()
-    scale = (r.precision * (parts(normed.a, start) @ r.h - r.goal)).abs().mean()
+    scale = (r.curvature @ (parts(normed.a, start) @ r.h - r.goal)).abs().mean()
     assert gradient[~p.fixed].abs().max() < 1e-2 * scale
 
 
@@ -283,14 +289,24 @@ def test_the_worth_of_a_weight_is_the_error_that_the_others_cannot_repair(normed
     found.allocate(6000.0)
     found.begin("b.weight", None)
     r, p = found._regressions["b.weight"], posteriors(bnn)["b.weight"]
-    ridge = found._prior_ridge(p, normed.b, r.precision).median()
-    for h, worth in zip(r.h, r.worth[:, 0], strict=True):
-        h = h.double() + ridge * torch.eye(len(h))
-        for i in range(0, len(h), 7):
-            others = torch.arange(len(h)) != i
-            repaired = h[i, others] @ torch.linalg.solve(h[others][:, others], h[others, i])
-            assert float(worth[i]) == pytest.approx(float(h[i, i] - repaired - ridge), rel=1e-3)
-            assert worth[i] < h[i, i]
+    assert r.curvature.shape[1:] == (r.worth.shape[1],) * 2
+    ridge = float(found._prior_ridge(p, normed.b).median())
+    sizes = [float(v.diagonal(dim1=1, dim2=2).mean()) for v in (r.curvature, r.h)]
+
+    def alone(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+        """Curvature of each error once the others have answered."""
+        matrix = matrix.double() + ridge * torch.eye(len(matrix))
+        found = []
+        for i in range(len(matrix)):
+            others = torch.arange(len(matrix)) != i
+            repaired = matrix[i, others] @ torch.linalg.solve(matrix[others][:, others], matrix[others, i])
+            found.append(matrix[i, i] - repaired - ridge)
+        return torch.stack(found)
+
+    for h, g, worth in zip(r.h, r.curvature, r.worth, strict=True):
+        expected = torch.outer(alone(g, ridge / sizes[1]), alone(h, ridge / sizes[0]))
+        assert torch.allclose(worth.double(), expected, rtol=1e-2)
+        assert (worth < torch.outer(g.diagonal(), h.diagonal())).all()
 
 
 @pytest.mark.parametrize("least", [1e-3, -1e-3])
@@ -326,7 +342,7 @@ def test_the_unit_that_an_input_is_measured_in_hardly_matters():
 
 def test_noise_is_held_against_channel_and_layer(normed, monkeypatch):
     """Where nothing is known of what noise does to the outputs."""
-    monkeypatch.setattr(measure, "worth", lambda *_: {})
+    monkeypatch.setattr(measure, "worth", lambda *_: measure.Worth({}, {}))
     x = images(200)
     with torch.no_grad():
         normed.out.weight[0] *= 10
@@ -336,7 +352,7 @@ def test_noise_is_held_against_channel_and_layer(normed, monkeypatch):
         variance = normed(x).var(0, unbiased=False)
     layer = variance.mean()
     expected = (layer * variance.clamp_min(0.01 * layer)).sqrt()
-    assert torch.allclose(found.output["out"], expected, rtol=1e-4)
+    assert torch.allclose(found.curvature["out"].flatten(), 1.0 / expected, rtol=1e-4)
 
 
 def test_worth_is_what_noise_adds_to_the_outputs(normed):
@@ -344,7 +360,7 @@ def test_worth_is_what_noise_adds_to_the_outputs(normed):
     x = images(128)
     bnn = convert(normed, per_unit=True).eval()
     held = {name: p.mean for name, p in posteriors(bnn).items()}
-    worth = measure.worth(bnn, list(x.split(64)), held)
+    worth = measure.worth(bnn, list(x.split(64)), held).weights
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), use_mode(bnn, "mean"):
         wanted = bnn(x)
@@ -357,6 +373,32 @@ def test_worth_is_what_noise_adds_to_the_outputs(normed):
             rows, columns = worth[name]
             assert float(rows.mean()) == pytest.approx(float(columns.mean()), rel=1e-4)
             assert sum(errors) / 200 / 1e-6 == pytest.approx(float(rows.mean()) * mean.numel(), rel=0.5)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "out"])
+def test_curvature_is_what_noise_in_the_outputs_of_a_layer_does(normed, name, monkeypatch):
+    """Noise that units share, of another sign or size in each, at all places on its own, against the first-order estimate."""
+    monkeypatch.setattr(measure, "_CHUNKS", 128)
+    x = images(128)
+    bnn = convert(normed, per_unit=True).eval()
+    held = {name: p.mean for name, p in posteriors(bnn).items()}
+    g = torch.block_diag(*measure.worth(bnn, list(x.split(8)), held, [name]).outputs[name])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), use_mode(bnn, "mean"):
+        wanted = bnn(x)
+        for _ in range(3):
+            shape, errors = torch.randn(len(g), generator=generator), []
+            shape[len(g) // getattr(normed.get_submodule(name), "groups", 1) :] = 0.0  # what groups do together is not known
+
+            def add(module, args, output, shape=shape):
+                places = torch.randn(len(output), 1, *output.shape[2:], generator=generator)
+                return output + 1e-3 * shape.reshape(1, -1, *[1] * (output.dim() - 2)) * places
+
+            hook = bnn.get_submodule(name).register_forward_hook(add)
+            for _ in range(60):
+                errors.append(float((bnn(x) - wanted).square().mean() / wanted.var(correction=0)))
+            hook.remove()
+            assert sum(errors) / 60 / 1e-6 == pytest.approx(float(shape @ g @ shape), rel=0.5)
 
 
 def test_a_recurrent_network_is_measured():
