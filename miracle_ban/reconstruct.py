@@ -5,17 +5,19 @@ it is coded so far, weights W and W', the squared error of the outputs is
 
     E |W x - W' x'|^2  =  tr(W' H W'^T) - 2 tr(W C W'^T) + const,      H = E x' x'^T,  C = E x x'^T  (means removed: the bias takes them)
 
-a Gaussian log-likelihood of precision `lam / var(y)`. Under the prior N(0, s^2) the best means are the solution of a ridge regression,
-in which the weights already coded stand at their decoded values. It is solved again after each part of a layer: optimal brain
-surgery (Hassibi and Stork 1993) for a random code, as GPTQ is for rounding (Frantar et al. 2023, arXiv 2210.17323); C in place of H
-makes up for the layers before as well. Noise in a weight that all others answer costs 1 / (H^-1)_ii (Hassibi and Stork, equation 5;
-here with the prior's ridge in H), less than H_ii; so the variances are 1 / (precision / (H^-1)_ii + 1 / s^2), and a layer whose
-weights can repair each other gets fewer bits. Of the means that share stays in H and C that the bias, in its own few bits, is going to
-leave; how many it needs for what it has to take a rehearsal shows.
-How much a layer's outputs may err is that variance at first, changed by what noise in the layer does to the outputs of the whole network
-(`measure.worth`); for weights of no layer, as of an embedding, it is that alone. The linear maps inside attention and recurrent layers
-are layers here, too (`exposed`), recurrent ones with their states one step before as inputs; those depend on the layer's own weights, so
-they are measured again after each part, unless units are going to be scaled.
+for one unit a Gaussian log-likelihood. Errors of several units do more or less to the outputs of the whole network together than each
+alone, so it is lam tr(G E) in place of lam tr(E), with E the matrix of these errors and G the curvature of the network's outputs in the
+layer's (`measure.worth`; Martens and Grosse 2015, arXiv 1503.05671, and for rounding Tseng et al. 2025, arXiv 2505.22988). Under the prior
+N(0, s^2) the best means are the solution of a ridge regression, in which the weights already coded stand at their decoded values. It is
+solved again after each part of a layer: optimal brain surgery (Hassibi and Stork 1993) for a random code, as GPTQ is for rounding (Frantar
+et al. 2023, arXiv 2210.17323); C in place of H makes up for the layers before as well. Noise in a weight that all others answer costs lam /
+((G^-1)_uu (H^-1)_ii) (Hassibi and Stork, equation 5; here with the prior's ridge in both), less than lam G_uu H_ii; so the variances are
+one over that and 1 / s^2, and a layer whose weights can repair each other gets fewer bits. Of the means that share stays in H and C that
+the bias, in its own few bits, is going to leave; how many it needs for what it has to take a rehearsal shows.
+How much a layer's outputs may err is what they vary, changed most of the way to what noise in them does to the network's (the mean of G);
+where no gradients are to be had G is one over their variance, and for weights of no layer, as of an embedding, what noise in them does. The
+linear maps inside attention and recurrent layers are layers here, too (`exposed`), recurrent ones with their states one step before as
+inputs; those depend on the layer's own weights, so they are measured again after each part, unless units are going to be scaled.
 Least squares from inputs that carry much noise shrink a layer's outputs, and layer after layer that adds up. So where there are few
 bits a weight each unit is scaled, once its layer is coded, until its outputs vary as they did in the float network (`gains`).
 Leans on `priors`, `measure`, `exposed`, `layers`, `convert` and torch.
@@ -60,6 +62,7 @@ _WEIGHED_LAYERS = 0.75
 _LEAST_WORTH = 0.05  # of a vector, of what is typical: gains before a norm seem to be worth nothing, until noise is as large as they are
 _TYPICAL_INPUTS = 256.0  # of a layer, where no layer was seen
 _FIRST_STEPS, _STEPS = 30, 8  # of conjugate gradients: from the trained weights, from the solution before
+_TIMES_MEASURED = 16  # at most, of a layer whose inputs depend on its own weights
 _MEMORY = 16.0  # bits
 
 
@@ -71,6 +74,7 @@ class _Regression:
     goal: Tensor  # W C, [parts, rows, inputs]
     curvature: Tensor  # of the outputs, [parts or 1, rows, rows], or [parts or 1, rows, 1] if it is diagonal
     worth: Tensor  # of a weight: the curvature of the error when all the others make up for it, [parts, rows, inputs]
+    coded: int = 0  # weights, when it was measured
 
 
 class Reconstruction:
@@ -338,7 +342,10 @@ class Reconstruction:
         """After some of a tensor's weights are coded: the others make up for it; their KL is to be `kl_bits`."""
         if name in self._regressions and kl_bits > 0:
             layer, r = self.float.get_submodule(self.owner[name]), self._regressions[name]
-            if isinstance(layer, StateMap) and not self.scaled:  # else states are too small as yet
+            coded = int(posteriors(self.model)[name].fixed.sum())
+            due = (coded - r.coded) * _TIMES_MEASURED >= r.goal.numel()
+            if isinstance(layer, StateMap) and due and not self.scaled:  # else states are too small as yet
+                r.coded = coded
                 r.h, c = self._damped_products(self.owner[name])
                 r.goal = measure.parts(layer, self.trained[name]) @ c
             self._solve(name, kl_bits, _STEPS)
