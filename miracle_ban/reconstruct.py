@@ -248,7 +248,7 @@ class Reconstruction:
                 own = float((variance.reciprocal().mean() / _diagonal(known[module]).mean()).log())
                 g = known[module] * math.exp((1.0 - _WEIGHED_LAYERS) * own + _WEIGHED_LAYERS * (level or 0.0))
                 least = _LEAST_CURVATURE * float(_diagonal(g).mean())
-                self.curvature[module] = g + least * torch.eye(g.shape[1], device=g.device) if _is_full(g) else g + least
+                self.curvature[module] = g + least * torch.eye(g.shape[1], dtype=g.dtype, device=g.device) if _is_full(g) else g + least
             else:
                 self.curvature[module] = variance.reciprocal().reshape(measure.groups(self.float.get_submodule(module)), -1, 1)
 
