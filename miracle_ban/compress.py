@@ -196,11 +196,12 @@ class _Packaging:
         side = side_bits(skeleton(model, coder=coder, seed=self.seed, names=names))
         goal = index_budget_bits(parse_bytes(self.budget), side)
         reconstruction = Reconstruction(model, self.batches, noise)
-        by_layers = isinstance(coder, coders.Trellis)  # others code the posteriors as they are now
-        memory = float(coder.memory or BLOCK_BITS) if isinstance(coder, coders.Trellis) else BLOCK_BITS
-        reconstruction.plan(
-            goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), memory=memory, seed=self.seed, rehearsed=rehearsed and by_layers
-        )
+        kl_bits, memory = goal * BLOCK_BITS / coder.predict_bits(BLOCK_BITS), BLOCK_BITS
+        if isinstance(coder, coders.Trellis):
+            memory = float(coder.memory or BLOCK_BITS)
+        else:
+            rehearsed = False  # it codes the posteriors as they are now
+        reconstruction.plan(kl_bits, memory=memory, seed=self.seed, rehearsed=rehearsed)
         return model, coder, reconstruction
 
 

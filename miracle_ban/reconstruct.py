@@ -48,11 +48,8 @@ _SCALED_BELOW = 0.9
 _LARGEST_GAIN, _LARGEST_GAIN_HARDENED = 2.0, 64.0  # of a unit whose outputs are too small, or too large
 _LARGEST_PART_OF_KL = 1.5  # that a tensor may have in the rehearsal
 _LARGEST_PART_OF_BIASES = 0.5  # of all bits
-_DAMPING, _DAMPING_OF_STATES, _FLOOR = (
-    0.05,
-    0.1,
-    0.01,
-)  # of H, relative to its diagonal (so that the unit of an input hardly matters) and to the mean of that
+# of H, relative to its diagonal (so that the unit of an input hardly matters), more for recurrent states, and to the mean of that
+_DAMPING, _DAMPING_OF_STATES, _FLOOR = 0.05, 0.1, 0.01
 _LEAST_NOISE = 1e-4  # of a unit, relative to the mean of its layer's
 _LEAST_CHANNEL = 0.01  # variance that an output channel is taken to have, relative to the mean of its layer's
 _LEAST_CURVATURE = 0.1  # of a layer's outputs, relative to the mean of its units
@@ -342,12 +339,12 @@ class Reconstruction:
         """After some of a tensor's weights are coded: the others make up for it; their KL is to be `kl_bits`."""
         if name in self._regressions and kl_bits > 0:
             layer, r = self.float.get_submodule(self.owner[name]), self._regressions[name]
-            coded = int(posteriors(self.model)[name].fixed.sum())
-            due = (coded - r.coded) * _TIMES_MEASURED >= r.goal.numel()
-            if isinstance(layer, StateMap) and due and not self.scaled:  # else states are too small as yet
-                r.coded = coded
-                r.h, c = self._damped_products(self.owner[name])
-                r.goal = measure.parts(layer, self.trained[name]) @ c
+            if isinstance(layer, StateMap) and not self.scaled:  # else states are too small as yet
+                coded = int(posteriors(self.model)[name].fixed.sum())
+                if (coded - r.coded) * _TIMES_MEASURED >= r.goal.numel():
+                    r.coded = coded
+                    r.h, c = self._damped_products(self.owner[name])
+                    r.goal = measure.parts(layer, self.trained[name]) @ c
             self._solve(name, kl_bits, _STEPS)
 
     def _solve(self, name: str, kl_bits: float | None, steps: int) -> None:
