@@ -14,20 +14,18 @@ et al. 2023, arXiv 2210.17323); C in place of H makes up for the layers before a
 ((G^-1)_uu (H^-1)_ii) (Hassibi and Stork, equation 5; here with the prior's ridge in both), less than lam G_uu H_ii; so the variances are
 one over that and 1 / s^2, and a layer whose weights can repair each other gets fewer bits. Of the means that share stays in H and C that
 the bias, in its own few bits, is going to leave; how many it needs for what it has to take a rehearsal shows.
-How much a layer's outputs may err is what they vary, changed most of the way to what noise in them does to the network's (the mean of G);
-where no gradients are to be had G is one over their variance, and for weights of no layer, as of an embedding, what noise in them does. The
-linear maps inside attention and recurrent layers are layers here, too (`exposed`), recurrent ones with their states one step before as
+`sensitivity` says how much the outputs of a layer may err, and weights of no layer.
+The linear maps inside attention and recurrent layers are layers here, too (`exposed`), recurrent ones with their states one step before as
 inputs; those depend on the layer's own weights, so they are measured again after each part, unless units are going to be scaled.
 Least squares from inputs that carry much noise shrink a layer's outputs, and layer after layer that adds up. So where there are few
 bits a weight each unit is scaled, once its layer is coded, until its outputs vary as they did in the float network (`gains`).
-Leans on `priors`, `measure`, `exposed`, `layers`, `convert` and torch.
+Leans on `sensitivity`, `priors`, `measure`, `exposed`, `layers`, `convert` and torch.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,24 +38,17 @@ from .bits import NATS_PER_BIT
 from .convert import conversion
 from .exposed import StateMap, exposed
 from .layers import Posterior, posteriors
-from .priors import DROP_BELOW_BITS, LEAST, SAMPLE, WIDER, Sampled, match_kl, prior_under, set_posterior, share_of_means, widening
+from .priors import DROP_BELOW_BITS, LEAST, SAMPLE, WIDER, Sampled, match_kl, set_posterior, share_of_means, widening
+from .sensitivity import DAMPING, Sensitivity, diagonals, is_full
 
-_ROUNDING = 1e-6  # variance over mean square
 # bits a weight; by hand: at 0.75 scaling took a ResNet-56 from 86.6 to 91.9 %, at 1.2 a ResNet-20's score error rose by a fifth
 _SCALED_BELOW = 0.9
 _LARGEST_GAIN, _LARGEST_GAIN_HARDENED = 2.0, 64.0  # of a unit whose outputs are too small, or too large
 _LARGEST_PART_OF_KL = 1.5  # that a tensor may have in the rehearsal
 _LARGEST_PART_OF_BIASES = 0.5  # of all bits
-# of H, relative to its diagonal (so that the unit of an input hardly matters), more for recurrent states, and to the mean of that
-_DAMPING, _DAMPING_OF_STATES, _FLOOR = 0.05, 0.1, 0.01
-_LEAST_NOISE = 1e-4  # of a unit, relative to the mean of its layer's
-_LEAST_CHANNEL = 0.01  # variance that an output channel is taken to have, relative to the mean of its layer's
-_LEAST_CURVATURE = 0.1  # of a layer's outputs, relative to the mean of its units
-# how far noise follows what it does to the network's outputs from layer to layer, as a power; by hand: at 0.5 and 0.9 a ResNet-20's
-# score error in 37,500 bytes rose by 3 and 4 percent
-_WEIGHED_LAYERS = 0.75
-_LEAST_WORTH = 0.05  # of a vector, of what is typical: gains before a norm seem to be worth nothing, until noise is as large as they are
-_TYPICAL_INPUTS = 256.0  # of a layer, where no layer was seen
+# of H, relative to its diagonal (so that the unit of an input hardly matters), where inputs are states in place of `DAMPING`, and to the
+# mean of that
+_DAMPING_OF_STATES, _FLOOR = 0.1, 0.01
 _FIRST_STEPS, _STEPS = 30, 8  # of conjugate gradients: from the trained weights, from the solution before
 _TIMES_MEASURED = 16  # at most, of a layer whose inputs depend on its own weights
 _MEMORY = 16.0  # bits
@@ -88,19 +79,14 @@ class Reconstruction:
         self.model = model = exposed(model, batches[0]) if batches else model
         self.batches, self.noise = batches, noise or {}
         self.float = copy.deepcopy(model).eval() if batches else model  # without inputs nothing is held against it
-        self.trained = {name: p.mean.detach() if batches else p.mean.detach().clone() for name, p in posteriors(self.float).items()}
+        self.sensitivity = Sensitivity(self.float, batches, self.noise)
+        self.trained, self.owner = self.sensitivity.trained, self.sensitivity.owner
         self.lam = 1.0
         self.memory = _MEMORY
         self.scaled = False  # whether units are scaled once their layer is coded
         self.kl_bits: dict[str, float] = {}  # that each tensor is going to have when it is coded
-        self.owner = _owners(model)
-        self.curvature: dict[str, Tensor] = {}  # of each module that owns something: what noise in its outputs costs, see `measure.Worth`
-        self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # mean and variance of its outputs in the float network, by channel
-        self.prior: dict[str, Tensor] = {}  # variance by unit, where the noise was known before
-        self.most: dict[str, Tensor] = {}  # mean square of a unit's means over its prior's variance, there
+        self.most: dict[str, Tensor] = {}  # mean square of a unit's means over its prior's variance, where the noise was known before
         self._regressions: dict[str, _Regression] = {}
-        with torch.no_grad():
-            self._precision = self._measure()
 
     @torch.no_grad()
     def allocate(self, kl_bits: float) -> None:
@@ -109,16 +95,17 @@ class Reconstruction:
         for p in held.values():
             p.per_unit = p.mean.dim() > 1
 
+        precision, prior = self.sensitivity.precision, self.sensitivity.prior
         corrected = {name: name in self.owner and p.mean.dim() > 1 for name, p in held.items()}
         sampled = {
-            name: Sampled(p, self.trained[name], self._precision[name], self.prior.get(name), corrected=corrected[name])
+            name: Sampled(p, self.trained[name], precision[name], prior.get(name), corrected=corrected[name])
             for name, p in held.items() if p.mean.numel() > SAMPLE
         }  # fmt: skip
         small = [name for name in held if name not in sampled]
 
         def put(lam: float, names: Iterable[str]) -> None:
             for name in names:
-                set_posterior(held[name], self.trained[name], lam * self._precision[name], self.prior.get(name), corrected=corrected[name])
+                set_posterior(held[name], self.trained[name], lam * precision[name], prior.get(name), corrected=corrected[name])
 
         def spent(lam: float) -> float:
             put(lam, small)
@@ -149,7 +136,7 @@ class Reconstruction:
         if self.noise:
             self._widen()
             self.allocate(kl_bits)
-            self.most = {name: WIDER * share_of_means(posteriors(self.model)[name]) for name in self.prior}
+            self.most = {name: WIDER * share_of_means(posteriors(self.model)[name]) for name in self.sensitivity.prior}
         if self.noise or not rehearsed:
             self.kl_bits = {name: float(p.kl()) / NATS_PER_BIT for name, p in posteriors(self.model).items()}
             return
@@ -181,13 +168,13 @@ class Reconstruction:
 
     def _widen(self) -> None:
         """Make the priors as wide as suits the candidates of a code that chooses `memory` bits together."""
-        for name, prior in self.prior.items():
+        for name, prior in self.sensitivity.prior.items():
             p = posteriors(self.model)[name]
             bits = p.kl_per_weight().flatten(1).mean(1) / NATS_PER_BIT
             coded = bits > DROP_BELOW_BITS
             if coded.any():
                 size = (p.mean.square() + (2.0 * p.log_std).exp()) / prior
-                worth = (self._precision[name] * prior).expand_as(size)
+                worth = (self.sensitivity.precision[name] * prior).expand_as(size)
                 size, worth = size[coded].flatten(1), worth[coded].flatten(1)
                 prior[coded] *= widening(size, worth, self.memory / float(bits[coded].mean())).reshape(-1, *[1] * (prior.dim() - 1))
 
@@ -197,106 +184,6 @@ class Reconstruction:
         for name, p in posteriors(self.model).items():
             if name in self.owner:
                 p.mean.copy_(torch.where(p.fixed, p.mean, self.trained[name]))
-
-    def _measure(self) -> dict[str, Tensor]:
-        """The precision, for `lam` 1, that each weight is worth: its input's variance times the curvature of its unit."""
-        inputs, self.moments = measure.moments(self.float, set(self.owner.values()), self.batches)
-        self.owner = {name: module for name, module in self.owner.items() if module in inputs}
-        output = {module: _typical_variance(*moments) for module, moments in self.moments.items()}
-        held = {name: p.mean.detach() for name, p in posteriors(self.model).items() if p.mean.numel()}
-        matrices = [name for name, weights in held.items() if name in self.owner and weights.dim() > 1]
-        settled = set(matrices) <= set(self.noise) and set(held) <= set(self.owner)  # nothing is left that worth would change
-        wanted: dict[str, Tensor] = {} if settled else {name: p.mean for name, p in posteriors(self.float).items() if name in held}
-        worth = measure.worth(self.float, self.batches if wanted else [], wanted, output)
-        output = self._output_from_noise(output, inputs)
-        for name in matrices:  # a map that is only shown what it multiplies (`exposed`)
-            module = self.owner[name]
-            if name in worth.weights and module not in worth.outputs:
-                rows = worth.weights[name][0] / self._input_variance(name, inputs[module][1]).mean(1)
-                units = (rows / output[module] + LEAST).sqrt()
-                units = units * (rows.mean() / units.mean())
-                worth.outputs[module] = units.reshape(measure.groups(self.float.get_submodule(module)), -1, 1)
-        self._set_curvature(output, worth.outputs)
-        found = {name: self._own_precision(name, inputs[self.owner[name]][1]) for name in matrices}
-        level = self._level({name: (found[name], worth.weights[name][0]) for name in matrices if name in worth.weights})
-        for name, weights in held.items():
-            if name in self.owner and weights.dim() == 1:
-                found[name] = self._by_channel(self.owner[name]).to(weights)
-        others = {name: weights for name, weights in held.items() if name not in self.owner}
-        found |= _of_no_layer(others, worth.weights, level, _typical_inputs([held[name] for name in matrices]))
-        for name, weights in held.items():
-            if weights.dim() > 1:
-                found[name] = found[name] * self.trained[name].flatten(1).any(1).reshape(-1, *[1] * (weights.dim() - 1))  # none to zeros
-        return found
-
-    def _set_curvature(self, output: dict[str, Tensor], worth: dict[str, Tensor]) -> None:
-        """Of each module's outputs one over what noise is held against, changed most of the way to what it does to the network's.
-
-        What noise in many layers does together is not the sum of what it does in each. Units of one layer count, alone and together, in
-        proportion to what noise in them does. Where training had its own noise, all stays.
-        """
-        noisy = {self.owner[name] for name in self.noise if name in self.owner}
-        norm = dict(conversion(self.model).folded)
-        noisy |= {norm[module] for module in noisy if module in norm}
-        known = {module: g for module, g in worth.items() if module not in noisy}
-        level = self._level({name: (output[m].reciprocal(), _diagonal(known[m])) for name, m in self.owner.items() if m in known})
-        for module, variance in output.items():
-            if module in known:
-                own = float((variance.reciprocal().mean() / _diagonal(known[module]).mean()).log())
-                g = known[module] * math.exp((1.0 - _WEIGHED_LAYERS) * own + _WEIGHED_LAYERS * (level or 0.0))
-                least = _LEAST_CURVATURE * float(_diagonal(g).mean())
-                self.curvature[module] = g + least * torch.eye(g.shape[1], dtype=g.dtype, device=g.device) if _is_full(g) else g + least
-            else:
-                self.curvature[module] = variance.reciprocal().reshape(measure.groups(self.float.get_submodule(module)), -1, 1)
-
-    def _level(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> float | None:
-        """Logarithm of the ratio of two tensors' means, on average over the weights; None of no weights."""
-        logs = [(self.trained[name].numel(), float((a.mean() / b.mean()).log())) for name, (a, b) in pairs.items()]
-        return _weighted_mean(logs) if logs else None
-
-    def _by_channel(self, module: str) -> Tensor:
-        """Curvature of a module's outputs one by one, `[channels]`."""
-        return _diagonal(self.curvature[module]).flatten()
-
-    def _own_precision(self, name: str, by_channel: Tensor) -> Tensor:
-        """Of the weights of a layer, by what they are multiplied with, `[rows, channels, 1, ...]`; or as it was trained with."""
-        precision = self._input_variance(name, by_channel) * self._by_channel(self.owner[name])[:, None]
-        if name in self.noise:
-            self.prior[name], precision = prior_under(self._own_noise(name), self.trained[name])
-        return precision.reshape(*precision.shape, *[1] * (self.trained[name].dim() - 2))
-
-    def _input_variance(self, name: str, by_channel: Tensor) -> Tensor:
-        """Damped variance of what each weight of a layer is multiplied with, the same for all places of a kernel: `[rows, channels]`."""
-        variance = by_channel.reshape(measure.groups(self.float.get_submodule(self.owner[name])), -1)
-        variance = variance + _DAMPING * variance.mean(1, keepdim=True) + LEAST
-        return variance.repeat_interleave(len(self.trained[name]) // len(variance), 0)
-
-    def _own_noise(self, name: str) -> Tensor:
-        """Variance of the noise that weights were trained with: `[rows, channels]`."""
-        weights = self.trained[name]
-        return self.noise[name].to(weights) * weights.flatten(1).square().mean(1, keepdim=True)
-
-    def _output_from_noise(self, output: dict[str, Tensor], inputs: measure.Moments) -> dict[str, Tensor]:
-        """Put what noise in one weight, as large as training had it, does to the outputs in place of what they vary.
-
-        Where training had none, as much less than the variance as on average elsewhere.
-        """
-        norm = dict(conversion(self.model).folded)
-        output, less = dict(output), {}
-        for name in self.noise:
-            module, weights = self.owner.get(name), self.trained.get(name)
-            if module is not None and weights is not None and weights.dim() > 1 and weights.any():
-                noise = (self._own_noise(name) * self._input_variance(name, inputs[module][1]) + LEAST).log().mean(1).exp()
-                less[module] = float((noise.sum() / output[module].sum()).log())
-                silent = ~weights.flatten(1).any(1)
-                noise = torch.where(silent, noise[~silent].mean(), noise)
-                output[module] = noise.clamp_min(float(noise.mean()) * _LEAST_NOISE)
-                if module in norm:
-                    less[norm[module]], output[norm[module]] = less[module], output[module]
-        if less:
-            typical = math.exp(statistics.fmean(less.values()))
-            output = {module: v if module in less else typical * v for module, v in output.items()}
-        return output
 
     @torch.no_grad()
     def begin(self, name: str, kl_bits: float | None) -> None:
@@ -309,8 +196,8 @@ class Reconstruction:
             return
         p, layer = posteriors(self.model)[name], self.float.get_submodule(module)
         if p.mean.dim() == 1:
-            p.mean.add_((self.moments[module][0] - self._output_moments(module)[0]).to(p.mean))
-            precision = (self.lam * self._by_channel(module)).to(p.mean)
+            p.mean.add_((self.sensitivity.moments[module][0] - self._output_moments(module)[0]).to(p.mean))
+            precision = (self.lam * self.sensitivity.by_channel(module)).to(p.mean)
             square = p.mean.square().mean() + LEAST  # what it makes up for may be larger than what it was
             kl_bits = float((1.0 + square * precision).log2().sum()) / 2.0 if kl_bits is None else kl_bits
             told = -math.expm1(-2.0 * kl_bits * NATS_PER_BIT / len(p.mean))  # of the variance, by that many bits
@@ -321,11 +208,11 @@ class Reconstruction:
             return
         trained = measure.parts(layer, self.trained[name])
         h, c = self._damped_products(module)
-        g = self.lam * self.curvature[module]
+        g = self.lam * self.sensitivity.curvature[module]
         coded = ~measure.parts(layer, p.fixed.to(p.mean)).bool()  # a dropped unit's prior is next to nothing
         ridge = float(self._prior_ridge(p, layer)[coded].median()) if coded.any() else 0.0
-        of_inputs = _alone(h, ridge / float(_diagonal(g).mean()))
-        of_units = _alone(g, ridge / float(h.diagonal(dim1=1, dim2=2).mean())) if _is_full(g) else _diagonal(g)
+        of_inputs = _alone(h, ridge / float(diagonals(g).mean()))
+        of_units = _alone(g, ridge / float(h.diagonal(dim1=1, dim2=2).mean())) if is_full(g) else diagonals(g)
         self._regressions = {name: _Regression(h, trained @ c, g, of_units[:, :, None] * of_inputs[:, None, :])}
         self._solve(name, kl_bits, _FIRST_STEPS)
         if name in self.most:  # a unit whose means became too large for its bits is coded smaller; `gains` makes it larger again
@@ -352,10 +239,10 @@ class Reconstruction:
         free = measure.parts(layer, (~p.fixed).to(p.mean))
         fixed, mean = measure.parts(layer, p.value) * (1 - free), measure.parts(layer, p.mean) * free
         ridge = self._prior_ridge(p, layer)
-        diagonal = _diagonal(r.curvature)[:, :, None] * r.h.diagonal(dim1=1, dim2=2)[:, None, :] + ridge
+        diagonal = diagonals(r.curvature)[:, :, None] * r.h.diagonal(dim1=1, dim2=2)[:, None, :] + ridge
         mean = _conjugate_gradients(lambda m: (_through(r.curvature, m @ r.h) + ridge * m) * free,
                                     _through(r.curvature, r.goal - fixed @ r.h) * free, mean, diagonal, steps,
-                                    axes=(1, 2) if _is_full(r.curvature) else (2,))  # fmt: skip
+                                    axes=(1, 2) if is_full(r.curvature) else (2,))  # fmt: skip
         p.mean.copy_(torch.where(p.fixed, p.mean, measure.joined(layer, mean, p.mean.shape)))
         match_kl(p, measure.joined(layer, r.worth.expand_as(mean), p.mean.shape), kl_bits)
 
@@ -381,7 +268,7 @@ class Reconstruction:
         """H and C with the same added to both, as if weights cost something by themselves."""
         h, c = self._products(module, self._left_of_shifts(module))
         variance = h.diagonal(dim1=1, dim2=2)
-        share = _DAMPING_OF_STATES if isinstance(self.float.get_submodule(module), StateMap) else _DAMPING
+        share = _DAMPING_OF_STATES if isinstance(self.float.get_submodule(module), StateMap) else DAMPING
         damping = torch.diag_embed(share * variance + _FLOOR * variance.mean(1, keepdim=True) + LEAST)
         return h + damping, c + damping
 
@@ -409,7 +296,7 @@ class Reconstruction:
         module = self.owner.get(name) if self.scaled else None
         if module is None or posteriors(self.model)[name].mean.dim() == 1:
             return None
-        wanted, found = self.moments[module][1], self._output_moments(module)[1]
+        wanted, found = self.sensitivity.moments[module][1], self._output_moments(module)[1]
         largest = _LARGEST_GAIN_HARDENED if self.noise else _LARGEST_GAIN
         return ((wanted + LEAST) / (found + LEAST)).sqrt().clamp(1.0 / largest, largest)
 
@@ -421,89 +308,9 @@ class Reconstruction:
         return sums.moments()
 
 
-def _owners(model: nn.Module) -> dict[str, str]:
-    """The module whose outputs each posterior's weights shape: weights of layers, biases of layers and norms, none of them tied."""
-    found: dict[str, list[str]] = {}
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        held = module._modules.get("posterior")
-        doubled = getattr(module, "doubled", ())
-        for own, p in dict(held.named_children()).items() if held is not None else ():
-            if own in doubled:
-                continue
-            channels = p.mean.dim() == 1 and isinstance(module, measure.WITH_CHANNELS)
-            fits = {"weight": isinstance(module, measure.SOLVED), "bias": channels}.get(own, False)
-            found.setdefault(str(p.name), []).append(module_name if fits else "")
-    return {name: modules[0] for name, modules in found.items() if len(modules) == 1 and modules[0]}
-
-
-def _typical_variance(mean: Tensor, variance: Tensor) -> Tensor:
-    """Of each output channel and its layer, the geometric mean, `[channels]`: on ResNet-20 better than either."""
-    layer = variance.mean()
-    if layer < _ROUNDING * mean.square().mean():  # always the same outputs
-        variance = mean.square()
-        layer = variance.mean()
-    layer = layer.clamp_min(LEAST)
-    return layer * (variance / layer).clamp_min(_LEAST_CHANNEL).sqrt()
-
-
-def _typical_inputs(matrices: list[Tensor]) -> float:
-    """Of a unit, the geometric mean over the weights of all layers."""
-    logs = [(weights.numel(), math.log(weights[0].numel())) for weights in matrices]
-    return math.exp(_weighted_mean(logs)) if logs else _TYPICAL_INPUTS
-
-
-def _of_no_layer(
-    held: Mapping[str, Tensor], worth: Mapping[str, tuple[Tensor, Tensor]], level: float | None, inputs: float
-) -> dict[str, Tensor]:
-    """The precision of weights of which no module's outputs are known: by what they do to the network's, else by their size.
-
-    Args:
-        held: the weights.
-        worth: from `measure.worth`.
-        level: logarithm of precision over worth; default as if these were worth on average what their size says.
-        inputs: of a unit of a typical layer.
-    """
-    shares = {name: inputs if weights.dim() > 1 else 1.0 for name, weights in held.items()}  # of noise; a bias has all of it
-    found = {name: 1.0 / (shares[name] * weights.square().mean() + LEAST) for name, weights in held.items()}
-    if level is None:
-        known = {name: weights.numel() for name, weights in held.items() if name in worth and weights.dim() > 1}
-        logs = [(count, float((found[name].mean() / worth[name][0].mean()).log())) for name, count in known.items()]
-        level = _weighted_mean(logs) if logs else None
-    if level is None:
-        return found
-    for name in held.keys() & worth.keys():
-        least = 0.0 if held[name].dim() > 1 else _LEAST_WORTH * float(found[name])
-        found[name] = (math.exp(level) * _separable(*worth[name], held[name].dim())).clamp_min(least)
-    return found
-
-
-def _weighted_mean(values: list[tuple[int, float]]) -> float:
-    """Mean of (weight, value) pairs."""
-    return sum(n * v for n, v in values) / sum(n for n, _ in values)
-
-
-def _separable(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
-    """Of single weights, `[rows, columns, 1, ...]` of `dim` axes, from means over rows and over columns; of a vector one for all."""
-    mean = rows.mean()
-    if dim < 2:
-        return mean
-    product = (rows + _DAMPING * mean)[:, None] * (columns + _DAMPING * mean) / ((1.0 + _DAMPING) ** 2 * mean)
-    return product.reshape(*product.shape, *[1] * (dim - 2))
-
-
-def _is_full(g: Tensor) -> bool:
-    """Whether curvatures are `[parts, rows, rows]`, not `[parts, rows, 1]`, the diagonals."""
-    return g.shape[2] == g.shape[1]
-
-
-def _diagonal(g: Tensor) -> Tensor:
-    """Of curvatures, `[parts, rows]`."""
-    return g.diagonal(dim1=1, dim2=2) if _is_full(g) else g[:, :, 0]
-
-
 def _through(g: Tensor, m: Tensor) -> Tensor:
     """Curvatures times `[parts, rows, inputs]`."""
-    return g @ m if _is_full(g) else g * m
+    return g @ m if is_full(g) else g * m
 
 
 def _alone(matrices: Tensor, ridge: float) -> Tensor:

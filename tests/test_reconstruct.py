@@ -352,7 +352,7 @@ def test_noise_is_held_against_channel_and_layer(normed, monkeypatch):
         variance = normed(x).var(0, unbiased=False)
     layer = variance.mean()
     expected = (layer * variance.clamp_min(0.01 * layer)).sqrt()
-    assert torch.allclose(found.curvature["out"].flatten(), 1.0 / expected, rtol=1e-4)
+    assert torch.allclose(found.sensitivity.curvature["out"].flatten(), 1.0 / expected, rtol=1e-4)
 
 
 def test_worth_is_what_noise_adds_to_the_outputs(normed):
