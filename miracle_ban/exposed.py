@@ -72,7 +72,7 @@ def _exposing(module: nn.Module) -> Callable[[Any], None] | None:
     windows = any(c.__name__ == "ShiftedWindowAttention" and c.__module__.startswith("torchvision.") for c in type(module).__mro__)
     if isinstance(last, nn.Linear) and windows:
         return _expose_windows
-    if isinstance(module, nn.RNNBase) and "posterior" in module._modules and not module.proj_size:
+    if isinstance(module, nn.RNNBase) and "posterior" in module._modules:
         return _expose_recurrence
     return None
 
@@ -97,6 +97,11 @@ def _with_posteriors(layer: nn.Module, weight: Posterior, bias: Posterior | None
     return layer
 
 
+def _linear(kind: type[nn.Linear], weight: Posterior, bias: Posterior | None) -> nn.Module:
+    rows, columns = weight.full_shape
+    return _with_posteriors(kind(columns, rows, device="meta"), weight, bias)
+
+
 class _Projections(nn.Conv1d):
     """Queries, keys and values from what they are made of, `[n, 3 E, places]`, by weights `[3 E, E]`."""
 
@@ -105,10 +110,11 @@ class _Projections(nn.Conv1d):
 
 
 class _Attention:
-    """Attention whose projections are the modules `into` and `out_of`."""
+    """Attention whose projections are the modules `into`, or those in `maps`, and `out_of`."""
 
     batch_first: bool
     into: nn.Module | None
+    maps: nn.ModuleDict
     out_of: nn.Module
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -116,6 +122,8 @@ class _Attention:
             own = [self._channels_in_the_middle(x) for x in (query, key, value)]
             places = torch.arange(max(x.shape[2] for x in own), device=query.device)
             self.into(torch.cat([x[:, :, places % x.shape[2]] for x in own], 1))
+        for projection, x in zip(self.maps.values(), (query, key, value), strict=False):
+            projection(x)
         attended, weights = super().forward(query, key, value, *args, **options)  # type: ignore[misc]
         return self.out_of(attended), weights
 
@@ -137,7 +145,9 @@ class _WindowedAttention:
 def _expose_attention(module: Any) -> None:
     held = _held(module)
     weight, bias = held.get("in_proj_weight"), held.get("in_proj_bias")
-    module.into, module.doubled = None, set()
+    separate = [name for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight") if name in held]  # keys of another size
+    module.into, module.doubled = None, set(separate)
+    module.maps = nn.ModuleDict({name: _linear(nn.Linear, held[name], None) for name in separate})
     if weight is not None:
         size = module.embed_dim
         module.into = _with_posteriors(_Projections(3 * size, 3 * size, 1, groups=3, device="meta"), weight, bias)
@@ -180,8 +190,8 @@ class _Recurrence:
         states = state if isinstance(state, tuple) else () if state is None else (state,)
         if inputs.dim() == 2:
             states = tuple(s[:, None] for s in states)
-        number = 2 if self.mode == "LSTM" else 1
-        states = states or (x.new_zeros(len(self._all_weights), x.shape[1], self.hidden_size),) * number
+        sizes = (self.proj_size or self.hidden_size, self.hidden_size)[: 2 if self.mode == "LSTM" else 1]
+        states = states or tuple(x.new_zeros(len(self._all_weights), x.shape[1], size) for size in sizes)
         directions = 1 + self.bidirectional
         for layer in range(self.num_layers):
             outputs = []
@@ -191,12 +201,26 @@ class _Recurrence:
                 first = tuple(s[k : k + 1].contiguous() for s in states)
                 names = self._all_weights[k]
                 weights = [getattr(self, name) for name in names]
-                y = run(own, first if number == 2 else first[0], weights, self.bias, 1, 0.0, False, False, False)[0]
-                for name, seen in zip(names, (own, torch.cat([first[0], y[:-1]])), strict=False):
+                y = run(own, first if len(first) == 2 else first[0], weights, self.bias, 1, 0.0, False, False, False)[0]
+                seen = [own, torch.cat([first[0], y[:-1]])]
+                if self.proj_size:
+                    seen.append(_unprojected(*seen, first[1][0], *weights))
+                for name, multiplied in zip((name for name in names if name.startswith("weight")), seen, strict=True):
                     if name in self.maps:
-                        self.maps[name](seen)
+                        self.maps[name](multiplied)
                 outputs.append(y.flip(0) if backwards else y)
             x = torch.cat(outputs, -1)
+
+
+def _unprojected(inputs: Tensor, before: Tensor, cell: Tensor, into: Tensor, back: Tensor, *others: Tensor) -> Tensor:
+    """Outputs of an LSTM `[time, n, hidden]` before they are projected, from states one step before (Sak et al. 2014, arXiv 1402.1128)."""
+    biases = others[:2] if len(others) == 3 else (None, None)
+    gates = F.linear(inputs, into, biases[0]) + F.linear(before, back, biases[1])
+    outputs = []
+    for i, f, g, o in (step.chunk(4, -1) for step in gates):
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        outputs.append(o.sigmoid() * cell.tanh())
+    return torch.stack(outputs)
 
 
 def _expose_recurrence(module: Any) -> None:
@@ -204,8 +228,6 @@ def _expose_recurrence(module: Any) -> None:
     biases = {name: name.replace("weight", "bias") for name in held if name.startswith("weight")}
     module.maps = nn.ModuleDict()
     for name, bias in biases.items():
-        rows, columns = held[name].full_shape
-        kind = StateMap if name.startswith("weight_hh") else nn.Linear
-        module.maps[name] = _with_posteriors(kind(columns, rows, device="meta"), held[name], held.get(bias))
+        module.maps[name] = _linear(nn.Linear if name.startswith("weight_ih") else StateMap, held[name], held.get(bias))
     module.doubled = {*biases, *biases.values()}
     _become(module, _Recurrence)

@@ -19,6 +19,8 @@ RECURRENT = {
     "lstm both ways": (lambda: nn.LSTM(3, 4, 2, bidirectional=True), (7, 5, 3)),
     "rnn of relu": (lambda: nn.RNN(3, 4, nonlinearity="relu", bias=False), (7, 5, 3)),
     "rnn, one example": (lambda: nn.RNN(3, 4), (7, 3)),
+    "projected lstm": (lambda: nn.LSTM(3, 4, 2, proj_size=2, bidirectional=True), (7, 5, 3)),
+    "projected lstm without biases": (lambda: nn.LSTM(3, 4, proj_size=2, bias=False), (7, 3)),
 }
 
 
@@ -65,6 +67,33 @@ def test_a_recurrent_layers_maps_see_its_inputs_and_its_states_one_step_before(s
             both.append(torch.tanh(into + back))
     again = torch.cat([both[0], both[1].flip(0)], -1).transpose(0, 1)
     assert torch.allclose(again, outputs, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_projected_lstms_maps_see_what_they_multiply(bias):
+    model = converted(lambda: nn.LSTM(3, 4, 2, proj_size=2, bias=bias))
+    x = torch.randn(7, 5, 3)
+    view = exposed(model, x)
+    with use_mode(view, "mean"), torch.no_grad():
+        outputs, _ = view(x)
+        own = seen(view, (x,))
+        assert torch.allclose(view.maps["weight_hr_l1"](own["maps.weight_hr_l1"]), outputs, atol=1e-6)
+        assert torch.equal(own["maps.weight_hh_l1"][1:], outputs[:-1])
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_to_keys_of_another_size_computes_the_same_and_shows_its_projections(batch_first):
+    model = converted(lambda: Unpacking(nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=batch_first)))
+    x, keys, values = (torch.randn(5, 5, size) for size in (8, 6, 4))
+    keys, values = (v[:, :3] if batch_first else v[:3] for v in (keys, values))
+    view = exposed(model, (x, keys, values))
+    assert view is not model
+    with use_mode(view, "mean"), torch.no_grad():
+        for a, b in zip(model((x, keys, values)), view((x, keys, values)), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+        own = seen(view, ((x, keys, values),))
+    for name, multiplied in zip("qkv", (x, keys, values), strict=True):
+        assert torch.equal(own[f"net.maps.{name}_proj_weight"], multiplied)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -174,13 +203,20 @@ def test_layers_that_are_used_in_other_ways_are_left_alone(net):
     assert exposed(model, torch.randn(3, 5, 8)) is model
 
 
-@pytest.mark.parametrize("make", [RECURRENT["gru"][0], lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)])
-def test_every_matrix_is_solved_for(make):
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [(RECURRENT["gru"][0], 3), (RECURRENT["projected lstm"][0], 3), (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 8)],
+)
+def test_every_matrix_is_solved_for(make, size):
     model = converted(lambda: First(make()))
-    own = Reconstruction(model, [torch.randn(4, 6, 3 if "GRU" in str(model) else 8)])
+    own = Reconstruction(model, [torch.randn(4, 6, size)])
     assert {n for n, p in posteriors(model).items() if p.mean.dim() > 1} <= set(own.owner)
     own.kl_bits = dict.fromkeys(posteriors(model), 50.0)
-    assert all(own._left_of_shifts(module) < 1.0 for name, module in own.owner.items() if "weight" in name and "norm" not in name)
+    assert all(
+        own._left_of_shifts(module) < 1.0
+        for name, module in own.owner.items()
+        if "weight" in name and "norm" not in name and "_hr" not in name
+    )
 
 
 @pytest.mark.parametrize("scaled", [False, True])
