@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from .penalty import Penalty
     from .rescale import rescale
     from .train import FitReport, fit
+    from .unfold import unfold
 
 __version__ = "0.1.0"
 __all__ = [
     "BayesianAttention", "FitReport", "MiracleError", "Penalty", "__version__", "compress", "convert", "decode", "decode_array",
-    "decode_arrays", "encode", "fetch", "fit", "harden", "kl", "load", "load_pretrained", "open", "rescale", "save",
+    "decode_arrays", "encode", "fetch", "fit", "harden", "kl", "load", "load_pretrained", "open", "rescale", "save", "unfold",
 ]  # fmt: skip
 
 _NAMES = {
@@ -51,6 +52,7 @@ _NAMES = {
     "penalty": ["Penalty"],
     "rescale": ["rescale"],
     "train": ["FitReport", "fit"],
+    "unfold": ["unfold"],
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -3,7 +3,7 @@
 Each step draws every weight from N(w, noise * mean square of its unit's weights), a posterior as wide as a code of some bits leaves it.
 Networks so trained lie where noise does less harm (Baskin et al. 2018, NICE, arXiv 1810.00162; Fan et al. 2020, arXiv 2004.07320),
 and training shows where bits are worth most: the units' shares of them are learned (`noise`). BatchNorms stay what they are and see
-the noise. Leans on `network`, `noise`, `course`, `feed`, `train`, `graphs` and torch.
+the noise. Leans on `network`, `unfold`, `noise`, `course`, `feed`, `train`, `graphs` and torch.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .graphs import Recorded
 from .network import arguments, call, copied
 from .noise import Noise
 from .train import LOG_EVERY, Loss, seeded
+from .unfold import folded, unfold
 
 Optimizing = Callable[[nn.Module], torch.optim.Optimizer]
 _RATE, _MOMENTUM, _DECAY = 0.1, 0.9, 5e-4  # of SGD, where there are BatchNorms
@@ -57,7 +58,7 @@ def harden(
     """Train a network under noise on its weights, so that coding does less harm to it.
 
     Args:
-        net: a trained network; left alone.
+        net: a trained network; left alone. If it comes out of a file, its BatchNorms get statistics first (`unfold`).
         batches, loss: as in `fit`.
         bits: that all parameters that get noise are going to be coded with together. Noise begins as for 2.5 bits a weight, if
             that is more, and reaches what `bits` leave after two fifths of the steps.
@@ -102,6 +103,9 @@ def harden(
     steps = max(1, round(epochs * feed.batches_per_pass))
     settings = {"steps": steps, "seed": seed, "bits": float(f"{bits:.3g}")}
     saved = checkpoints.read(Path(checkpoint), stage="harden", expected=settings) if checkpoint is not None else None
+    if saved is None and folded(model):
+        unfold(model, (feed.next() for _ in range(min(_STATISTICS, feed.batches_per_pass))))
+        feed.restart()
     course = _Hardening(model, feed, loss, (optimizer or _descent)(model), noise, (first, bits), steps)
     distributed.synchronise([*model.parameters(), *model.buffers()])
     with seeded(distributed.own_seed(seed), device):

@@ -22,10 +22,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # the house of the design, top to bottom: a module imports only from those above it
 ORDER = [
     "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "network", "load", "distributed",
-    "gaussian", "coders", "layers", "structure", "convert", "inputs", "teaching", "measure", "priors", "exposed", "sensitivity",
-    "reconstruct", "ban", "recursion", "checkpoint", "feed", "course", "plan", "objective", "train", "penalty", "noise", "graphs",
-    "harden", "packing", "block_packing", "trellis_packing", "rescale", "encode", "compress", "hub", "sources", "plots", "demo",
-    "listing", "cli",
+    "gaussian", "coders", "layers", "structure", "convert", "inputs", "teaching", "measure", "unfold", "priors", "exposed",
+    "sensitivity", "reconstruct", "ban", "recursion", "checkpoint", "feed", "course", "plan", "objective", "train", "penalty", "noise",
+    "graphs", "harden", "packing", "block_packing", "trellis_packing", "rescale", "encode", "compress", "hub", "sources", "plots",
+    "demo", "listing", "cli",
 ]  # fmt: skip
 FROZEN = {"errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode"}
 
@@ -41,6 +41,7 @@ SIGNATURES = {
     "open": ["path"],
     "decode": ["archive"],
     "load": ["path", "model", "*", "device"],
+    "unfold": ["net", "inputs"],
 }
 DEFAULTS = {
     ("convert", "where"): None,
