@@ -2,8 +2,8 @@
 
 How much a layer's outputs may err is what they vary, changed most of the way to what noise in them does to the network's outputs
 (`measure.worth`); where no gradients are to be had it is what they vary, and for weights of no layer, as of an embedding, what noise in
-them does. Networks that were trained under noise (`harden`) bring theirs along. Leans on `measure`, `priors`, `exposed`, `layers`,
-`convert` and torch.
+them does. Networks that were trained under noise (`harden`) bring theirs along.
+Leans on `measure`, `priors`, `layers`, `convert` and torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Sensitivity:
     """What noise in each weight of a network costs, and in the outputs of its modules.
 
     Args:
-        net: from `convert`, its means the trained weights; they stay so if there are `batches`.
+        net: from `convert`, its means the trained weights, which must stay if there are `batches`.
         batches: inputs, each something that `net` takes; may be empty, then nothing is measured.
         noise: see `reconstruct.Reconstruction`.
 
