@@ -23,6 +23,7 @@ from miracle_ban.measure import joined, parts, rows
 from miracle_ban.plan import freeze_priors
 from miracle_ban.priors import SAMPLE, widening
 from miracle_ban.reconstruct import Reconstruction, _conjugate_gradients, _inverse_diagonal
+from miracle_ban.sensitivity import diagonals
 
 
 class Normed(nn.Module):
@@ -143,6 +144,22 @@ def test_units_get_the_shares_that_they_were_hardened_with(normed):
     before = float(posteriors(bnn)["a.weight"].kl()) / NATS_PER_BIT
     found.begin("a.weight", before)
     assert float(posteriors(bnn)["a.weight"].kl()) / NATS_PER_BIT == pytest.approx(before, rel=0.02)
+
+
+def test_units_of_hardened_layers_count_alone_as_their_noise_says_and_together_as_measured(normed, monkeypatch):
+    x = images(128)
+    noise = {name: torch.full(p.shape[:2], 0.1) for name, p in normed.named_parameters() if p.dim() > 1}
+    measured = Reconstruction(convert(normed, per_unit=True), [x]).sensitivity.curvature
+    found = Reconstruction(convert(normed, per_unit=True), [x], noise).sensitivity.curvature
+    monkeypatch.setattr(measure, "worth", lambda *_: measure.Worth({}, {}))
+    alone = Reconstruction(convert(normed, per_unit=True), [x], noise).sensitivity.curvature
+    for name in ("a", "b", "c", "out"):
+        assert torch.allclose(diagonals(found[name]), alone[name][:, :, 0], rtol=1e-4)
+        assert torch.linalg.eigvalsh(found[name]).min() > 0.05 * diagonals(found[name]).min()
+        correlations = [g / (diagonals(g)[:, :, None] * diagonals(g)[:, None, :]).sqrt() for g in (measured[name], found[name])]
+        apart = ~torch.eye(correlations[0].shape[1], dtype=torch.bool).expand_as(correlations[0])
+        assert torch.allclose(*(r[apart] for r in correlations), atol=0.1)
+        assert name == "out" or correlations[1][apart].abs().max() > 0.2
 
 
 def test_layers_most_of_whose_units_are_dropped_spend_their_bits(normed):
