@@ -2,7 +2,7 @@
 
 `nn.MultiheadAttention`, torchvision's windowed attention, `nn.LSTM`, `nn.GRU` and `nn.RNN` keep the weights of several linear maps and
 multiply by them where no module is called. Here these are modules that are called on what the maps multiply.
-Leans on `layers`, `measure` and torch.
+Leans on `layers`, `measure`, `network` and torch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from .errors import MiracleError
 from .layers import Posterior, drawing_class, posteriors, use_mode
 from .measure import through
+from .network import evaluating
 
 _SAME = 1e-6  # squared difference of outputs, relative
 
@@ -52,14 +53,11 @@ def _compute_alike(model: nn.Module, view: nn.Module, example: Any) -> bool:
     """A network may read a layer's weights, or call it, in ways that nothing here knows of."""
     outputs = []
     for net in (model, view):
-        training = net.training
         try:
-            with use_mode(net.eval(), "mean"):
+            with evaluating(net), use_mode(net, "mean"):
                 outputs.append([t for t in tree_leaves(through(net, example)) if isinstance(t, Tensor) and t.is_floating_point()])
         except MiracleError:
             return False
-        finally:
-            net.train(training)
     shapes = [[t.shape for t in found] for found in outputs]
     return shapes[0] == shapes[1] and all(bool((a - b).square().sum() <= _SAME * a.square().sum()) for a, b in zip(*outputs, strict=True))
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .errors import MiracleError
-from .network import copied, examples_in, split
+from .network import copied, evaluating, examples_in, split
 
 _SIDES = (32, 28, 64, 224, 96, 128, 299, 48, 16, 8)  # of images, pixels, that are tried in turn
 _CHANNELS, _SMALLEST_SIDE = (1, 3), 8  # of images whose pixels a linear layer takes
@@ -95,28 +95,26 @@ def _matched(net: nn.Module, norms: Sequence[nn.Module], x: Tensor, progress: bo
     seen: dict[nn.Module, Tensor] = {}
     hooks = [m.register_forward_pre_hook(lambda m, args: seen.__setitem__(m, args[0])) for m in norms]
     wanted = {p: p.requires_grad for p in net.parameters()}
-    training = net.training
-    net.eval()
     for p in wanted:
         p.requires_grad_(False)
     x = x.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([x], _RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
     try:
-        for _ in tqdm(range(_STEPS), disable=not progress, file=sys.stderr, desc="inputs", unit="step"):
-            seen.clear()
-            net(x)
-            loss = torch.stack([_mismatch(m, seen[m]) for m in norms if m in seen]).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        with evaluating(net):
+            for _ in tqdm(range(_STEPS), disable=not progress, file=sys.stderr, desc="inputs", unit="step"):
+                seen.clear()
+                net(x)
+                loss = torch.stack([_mismatch(m, seen[m]) for m in norms if m in seen]).sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
     finally:
         for hook in hooks:
             hook.remove()
         for p, wants in wanted.items():
             p.requires_grad_(wants)
-        net.train(training)
     return x.detach()
 
 
@@ -129,12 +127,8 @@ def _mismatch(norm: Any, x: Tensor) -> Tensor:
 
 
 def _evaluated(net: nn.Module, x: Tensor) -> None:
-    training = net.training
-    net.eval()
-    try:
+    with evaluating(net):
         net(x)
-    finally:
-        net.train(training)
 
 
 def _maker(net: nn.Module, generator: torch.Generator) -> Callable[[], Tensor] | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import MiracleError
 from .layers import use_mode
-from .network import call, main_output, split, tensors_in
+from .network import arguments, call, evaluating, main_output, split, tensors_in
 
 _LARGEST_PART = 4096  # inputs of a layer that are solved for together
 _ROWS, _ROWS_PER_INPUT = 1 << 14, 8  # examples times positions that H is measured on: at least, and for each input;
@@ -136,7 +136,7 @@ def moments(net: nn.Module, modules: set[str], batches: list[Any]) -> tuple[Mome
 
     hooks = [net.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in modules]
     try:
-        with use_mode(net, "mean"):
+        with evaluating(net), use_mode(net, "mean"):
             for batch in batches:
                 seen.clear()
                 _check_finite(through(net, batch))
@@ -186,10 +186,8 @@ def worth(net: nn.Module, batches: list[Any], wanted: dict[str, Tensor], modules
         return hook
 
     hooks = [net.get_submodule(name).register_forward_hook(keep(name)) for name in modules] if chunks and wanted else []
-    training = net.training
-    net.eval()
     try:
-        with use_mode(net, "mean"):
+        with evaluating(net), use_mode(net, "mean"):
             for chunk in chunks[:: max(len(chunks) // _CHUNKS, 1)]:
                 total: Any = 0.0
                 calls.clear()
@@ -215,7 +213,6 @@ def worth(net: nn.Module, batches: list[Any], wanted: dict[str, Tensor], modules
     except (MiracleError, RuntimeError):  # a batch that can't be divided, an operation without gradients, too little memory
         return Worth({}, {})
     finally:
-        net.train(training)
         for h in hooks:
             h.remove()
     weights = {name: v for name, v in weights.items() if v[0].any() and torch.isfinite(v[0]).all()}
@@ -260,6 +257,8 @@ def through(net: nn.Module, batch: Any) -> Any:
         shape = f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
         shape = f", {', '.join(map(str, batch))}," if isinstance(batch, Mapping) else shape
         told = f"{type(error).__name__}: {str(error)[:200]}"
+        if isinstance(batch, Mapping) and arguments(net, batch)[0]:
+            told += " (they went in as one mapping: by keywords only what is named as the arguments of `forward` goes in)"
         raise MiracleError(f"the inputs{shape} do not go through {type(net).__name__}, called on each batch alone: {told}") from error
 
 
@@ -277,18 +276,16 @@ def called(net: nn.Module, module: str, batches: Iterable[Any], *, output: bool)
         found.append(result[0] if output else _first_input(args, options))
         raise _Reached
 
-    target, training = net.get_submodule(module), net.training
+    target = net.get_submodule(module)
     hook = (target.register_forward_hook if output else target.register_forward_pre_hook)(keep, with_kwargs=True)
-    net.eval()
     try:
-        with use_mode(net, "mean"):
+        with evaluating(net), use_mode(net, "mean"):
             for batch in batches:
                 with contextlib.suppress(_Reached):
                     call(net, batch)
                 yield found.pop()
     finally:
         hook.remove()
-        net.train(training)
 
 
 def _first_input(args: Any, options: Any) -> Tensor:

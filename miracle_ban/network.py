@@ -5,9 +5,10 @@ Leans on torch only.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +48,17 @@ def copied(net: nn.Module) -> nn.Module:
             f"the network cannot be copied ({type(error).__name__}: {str(error)[:120]}): take out what is no part of it, such as open "
             "files and locks"
         ) from error
+
+
+@contextlib.contextmanager
+def evaluating(net: nn.Module) -> Iterator[nn.Module]:
+    """Within, all of a network is in evaluation; after that each of its modules is in its own mode again."""
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        yield net.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def arguments(net: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

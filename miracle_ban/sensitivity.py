@@ -110,9 +110,9 @@ class Sensitivity:
                 least = _LEAST_CURVATURE * float(diagonals(g).mean())
                 self.curvature[module] = g + least * torch.eye(g.shape[1], dtype=g.dtype, device=g.device) if is_full(g) else g + least
             else:
-                own = variance.reciprocal().reshape(measure.groups(self.net.get_submodule(module)), -1)
+                alone = variance.reciprocal().reshape(measure.groups(self.net.get_submodule(module)), -1)
                 full = module in worth and is_full(worth[module])
-                self.curvature[module] = _correlated(own, worth[module]) if full else own[:, :, None]
+                self.curvature[module] = _correlated(alone, worth[module]) if full else alone[:, :, None]
 
     def _level(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> float | None:
         """Logarithm of the ratio of two tensors' means, on average over the weights; None of no weights."""
@@ -189,12 +189,12 @@ def _typical_variance(mean: Tensor, variance: Tensor) -> Tensor:
     return layer * (variance / layer).clamp_min(_LEAST_CHANNEL).sqrt()
 
 
-def _correlated(own: Tensor, g: Tensor) -> Tensor:
-    """Curvatures `[parts, rows, rows]` with the diagonals `own`, `[parts, rows]`, and nine tenths of the correlations of `g`."""
+def _correlated(alone: Tensor, g: Tensor) -> Tensor:
+    """Curvatures `[parts, rows, rows]` with the diagonals `alone`, `[parts, rows]`, and nine tenths of the correlations of `g`."""
     diagonal = diagonals(g)
-    size = (own / (diagonal + LEAST + _SILENT * diagonal.mean(1, keepdim=True))).sqrt()
+    size = (alone / (diagonal + LEAST + _SILENT * diagonal.mean(1, keepdim=True))).sqrt()
     joint = (1.0 - _LEAST_CURVATURE) * size[:, :, None] * g * size[:, None, :]
-    return joint + torch.diag_embed(own - diagonals(joint))
+    return joint + torch.diag_embed(alone - diagonals(joint))
 
 
 def _typical_inputs(matrices: list[Tensor]) -> float:

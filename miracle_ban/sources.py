@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .errors import MiracleError
 from .feed import pair
 from .load import restore
-from .network import call, main_output
+from .network import call, evaluating, main_output
 
 Loss = Callable[[Any, Any], Tensor]
 _WRAPPED_KEYS = ("state_dict", "model_state_dict", "model")
@@ -125,14 +125,12 @@ def try_batch(net: nn.Module, batches: Iterable, loss: Loss, spec: str) -> None:
         inputs, targets = pair(batch)
     except MiracleError as error:
         raise MiracleError(f"the first batch of {spec} is {_kind(batch)}; {error}") from error
-    training = net.training
-    net.eval()
     try:
-        value = loss(call(net, inputs), targets)
+        with evaluating(net):
+            value = loss(call(net, inputs), targets)
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
         raise MiracleError(f"the first batch of {spec} does not go through {type(net).__name__} and the loss: {told}") from error
-    net.train(training)
     if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value)):
         raise MiracleError(f"the loss of the first batch of {spec} must be one finite number, not {str(value)[:80]}")
 

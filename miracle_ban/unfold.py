@@ -37,11 +37,7 @@ def unfold(net: nn.Module, inputs: Any) -> nn.Module:
     Example:
         >>> net = unfold(load("net.mban", MyNet()), images).train()  # doctest: +SKIP
     """
-    training = net.training
-    try:
-        seen, _ = moments(net.eval(), set(folded(net)), batches_of(inputs))
-    finally:
-        net.train(training)
+    seen, _ = moments(net, set(folded(net)), batches_of(inputs))
     for name, (mean, variance) in seen.items():
         norm: Any = net.get_submodule(name)
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()

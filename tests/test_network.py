@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import UserDict
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from miracle_ban import compress, convert, decode, harden, load, rescale, save
+from miracle_ban import compress, convert, decode, harden, load, rescale, save, unfold
 from miracle_ban.errors import MiracleError, MiracleWarning, MismatchError, UnsupportedModelError
 from miracle_ban.network import arguments, copied, examples_in, main_output, split, tensors, unwrapped
 from miracle_ban.teaching import imitation
@@ -202,8 +203,22 @@ def test_a_module_inside_may_be_called_by_keywords():
 
 
 def test_inputs_that_do_not_go_in_are_named(trained_net):
-    with pytest.raises(MiracleError, match=r"the inputs, pictures, do not go through \w*Named"):
+    says = r"the inputs, pictures, do not go through \w*Named.*by keywords only what is named as the arguments of `forward`"
+    with pytest.raises(MiracleError, match=says):
         compress(Named(trained_net), inputs={"pictures": torch.ones(4, 8)}, budget=150, **QUIET)
+
+
+@pytest.mark.parametrize("given", [None, torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(4, 5)])
+def test_each_part_of_the_network_stays_in_its_mode(given):
+    """Such as BatchNorms that are held as they are while the rest is trained; also after an error."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3)).train()
+    net[1].running_mean.fill_(0.5)
+    net[1].eval()
+    with contextlib.suppress(MiracleError):
+        compress(net, inputs=given, budget=500, **QUIET)
+        unfold(net, torch.ones(4, 3, 8, 8) if given is None else given)
+    assert [m.training for m in net] == [True, False, True, True, True]
+    assert net.training
 
 
 def test_what_matters_in_outputs():
