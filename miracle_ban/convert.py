@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from .errors import MiracleWarning, MismatchError, UnsupportedModelError
 from .layers import LOCAL_CLASSES, Posterior, drawing_class, hold_in_eval, posteriors
 from .network import copied, tensors, unwrapped
-from .structure import Link, Structure, is_frozen_norm, trace
+from .structure import Link, Structure, is_frozen_norm, norm_kind, trace
 
 _SHORT = (torch.float16, torch.bfloat16)
 _CODED_DTYPES = (torch.float64, torch.float32, *_SHORT)
@@ -355,13 +355,16 @@ def _norms_with_statistics(net: nn.Module) -> list[tuple[str, Any]]:
     for module in net.modules():
         for t in (*module._parameters.values(), *module._buffers.values()):
             tensors[id(t)] = tensors.get(id(t), 0) + 1
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     return [
         (name, m)
         for name, m in net.named_modules()
-        if (is_frozen_norm(m) or (type(m) in kinds and m.track_running_stats and m.affine and m.num_batches_tracked is not None))
+        if (is_frozen_norm(m) or (_is_norm(m) and m.track_running_stats and m.affine and m.num_batches_tracked is not None))
         and all(tensors[id(t)] == 1 for t in (m.weight, m.bias, m.running_mean, m.running_var))
     ]  # fmt: skip
+
+
+def _is_norm(module: Any) -> bool:
+    return norm_kind(module) is not None or type(module) is nn.SyncBatchNorm
 
 
 def as_module(state: Mapping[str, Tensor]) -> nn.Module:

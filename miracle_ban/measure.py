@@ -25,7 +25,8 @@ _LEAST = 1e-12
 _CHUNK, _CHUNKS = 8, 32  # examples that gradients are taken of together, and how often
 _MOST_UNITS = 1024  # of a module, of which it is known what noise in two of them does together
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, _BatchNorm, nn.GroupNorm)
 WITH_CHANNELS = (*_CHANNELS_LAST, *_CHANNELS_FIRST)
 SOLVED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights are those of a regression
 
@@ -91,10 +92,18 @@ def _patches(layer: Any, x: Tensor) -> Tensor:
 
 def channels(module: nn.Module, x: Tensor) -> Tensor:
     """Values of a module's inputs or outputs as `[channels, places]`."""
-    if isinstance(module, _CHANNELS_LAST):
+    if isinstance(module, _CHANNELS_LAST) and not _normalises_images(module, x):
         return torch.atleast_2d(x).flatten(0, -2).T.float()
     single = isinstance(module, nn.modules.conv._ConvNd) and x.dim() == 1 + len(module.kernel_size)
     return (x[None] if single else x).transpose(0, 1).flatten(1).float()
+
+
+def _normalises_images(module: nn.Module, x: Tensor) -> bool:
+    """Whether a LayerNorm has a forward of its own, which takes the channels to the last axis and back again."""
+    if not isinstance(module, nn.LayerNorm) or type(module).forward is nn.LayerNorm.forward:
+        return False
+    number = module.normalized_shape[-1]
+    return x.dim() > 2 and x.shape[1] == number and (x.dim() > 3 or x.shape[-1] != number)
 
 
 class Sums:
@@ -129,8 +138,9 @@ def moments(net: nn.Module, modules: set[str], batches: list[Any]) -> tuple[Mome
             if name in seen:
                 return
             seen.add(name)
-            for own, x in zip(sums.setdefault(name, (Sums(), Sums())), (_first_input(args, options), output), strict=True):
-                own.add(channels(module, x))
+            x = _first_input(args, options)
+            for own, values in zip(sums.setdefault(name, (Sums(), Sums())), (x, _given(module, x, output)), strict=True):
+                own.add(channels(module, values))
 
         return keep
 
@@ -272,8 +282,9 @@ def called(net: nn.Module, module: str, batches: Iterable[Any], *, output: bool)
     """Of each batch the first input, or the output, of a module when it is first called; the network is in eval until the last."""
     found: list[Tensor] = []
 
-    def keep(_: nn.Module, args: Any, options: Any, *result: Any) -> None:
-        found.append(result[0] if output else _first_input(args, options))
+    def keep(own: nn.Module, args: Any, options: Any, *result: Any) -> None:
+        x = _first_input(args, options)
+        found.append(_given(own, x, result[0]) if output else x)
         raise _Reached
 
     target = net.get_submodule(module)
@@ -286,6 +297,14 @@ def called(net: nn.Module, module: str, batches: Iterable[Any], *, output: bool)
                 yield found.pop()
     finally:
         hook.remove()
+
+
+def _given(module: Any, x: Tensor, output: Tensor) -> Tensor:
+    """The outputs of a module; of a BatchNorm with a forward of its own, which may go on with an activation, what it normalised."""
+    plain = not isinstance(module, _BatchNorm) or type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    if plain or module.running_mean is None:
+        return output
+    return F.batch_norm(x, module.running_mean, module.running_var, module.weight, module.bias, eps=module.eps)
 
 
 def _first_input(args: Any, options: Any) -> Tensor:

@@ -64,11 +64,12 @@ class Sensitivity:
     def _measure(self, batches: list[Any]) -> dict[str, Tensor]:
         """The precision: the variance of a weight's input times the curvature of its unit."""
         inputs, self.moments = measure.moments(self.net, set(self.owner.values()), batches)
-        self.owner = {name: module for name, module in self.owner.items() if module in inputs}
+        self.owner = {name: module for name, module in self.owner.items() if module in inputs and self._is_of(name, module, inputs)}
+        self.moments = {module: self.moments[module] for module in self.owner.values()}
         output = {module: _typical_variance(*moments) for module, moments in self.moments.items()}
         held = {name: weights for name, weights in self.trained.items() if weights.numel()}
         matrices = [name for name, weights in held.items() if name in self.owner and weights.dim() > 1]
-        wanted = {name: p.mean for name, p in posteriors(self.net).items() if name in held}
+        wanted: dict[str, Tensor] = {name: p.mean for name, p in posteriors(self.net).items() if name in held}
         worth = measure.worth(self.net, batches, wanted, output)
         output = self._output_from_noise(output, inputs)
         for name in matrices:  # a map that is only shown what it multiplies (`exposed`)
@@ -90,6 +91,12 @@ class Sensitivity:
             if weights.dim() > 1:
                 found[name] = found[name] * weights.flatten(1).any(1).reshape(-1, *[1] * (weights.dim() - 1))  # none to zeros
         return found
+
+    def _is_of(self, name: str, module: str, inputs: measure.Moments) -> bool:
+        """Whether weights go with what their module was seen to take and give; in a class of the user's own they may not."""
+        weights, number = self.trained[name], measure.groups(self.net.get_submodule(module))
+        seen = (len(self.moments[module][0]), len(inputs[module][0]))
+        return seen == (len(weights), weights.shape[1] * number) if weights.dim() > 1 else seen[0] == len(weights)
 
     def _set_curvature(self, output: dict[str, Tensor], worth: dict[str, Tensor]) -> None:
         """Of each module's outputs one over what noise is held against, changed most of the way to what it does to the network's.

@@ -7,9 +7,11 @@ without narrowing and folding. Leans on torch only.
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,8 @@ _FOLDABLE: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     nn.BatchNorm2d: (nn.Conv2d,),
     nn.BatchNorm3d: (nn.Conv3d,),
 }
+_PLACES = {nn.BatchNorm1d: 0, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}  # axes after that of the channels
+_SAME = 1e-8  # squared difference over square
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
@@ -49,9 +53,39 @@ def is_frozen_norm(module: nn.Module) -> bool:
     return type(module).__name__ == "FrozenBatchNorm2d" and {"running_mean", "running_var"} <= module._buffers.keys()
 
 
+def norm_kind(module: nn.Module) -> type[nn.Module] | None:
+    """Which BatchNorm of torch a module is, but for what it goes on to do with the normalised values, as timm's with activations do."""
+    kind = next((k for k in _FOLDABLE if isinstance(module, k)), None)
+    own_forward = kind is not None and type(module).forward is not kind.forward
+    return None if own_forward and not _begins_as_norm(module, kind) else kind
+
+
+@torch.no_grad()
+def _begins_as_norm(module: Any, kind: Any) -> bool:
+    """Whether other statistics and inputs do nothing in evaluation where (x - mean) / sqrt(var + eps) * weight + bias stays the same."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        first, second = (copy.deepcopy(module).float().cpu().eval() for _ in range(2))
+        x = torch.randn(4, module.num_features, *[5] * _PLACES[kind], generator=generator)
+        for t in (first.weight, first.bias, first.running_mean, first.running_var):
+            t.copy_(torch.rand(t.shape, generator=generator) + 0.5)
+        full = first.weight * ((1.0 + first.eps) / (first.running_var + first.eps)).sqrt()
+        mean, scale = (t.reshape(-1, *[1] * _PLACES[kind]) for t in (first.running_mean, full))
+        second.weight.fill_(1.0)
+        second.bias.copy_(first.bias)
+        second.running_mean.fill_(0.0)
+        second.running_var.fill_(1.0)
+        y, z = first(x), second((x - mean) * scale)
+        return bool((y - z).square().sum() <= _SAME * y.square().sum())
+    except Exception:  # whatever its own forward raises
+        return False
+
+
 class _Tracer(fx.Tracer):
+    """Does not look into norms, whatever class they are of."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_frozen_norm(m) or super().is_leaf_module(m, module_qualified_name)
+        return is_frozen_norm(m) or isinstance(m, tuple(_FOLDABLE)) or super().is_leaf_module(m, module_qualified_name)
 
 
 @dataclass(frozen=True)
@@ -162,7 +196,8 @@ def _folds(node: fx.Node, layer: nn.Module, modules: dict[str, nn.Module], norm_
     norm = modules[norm_name]
     if is_frozen_norm(norm):
         return isinstance(layer, nn.Conv2d) and len(norm.get_buffer("running_var")) == len(_weight(layer))
-    if not isinstance(layer, _FOLDABLE.get(type(norm), ())):
+    kind = norm_kind(norm)
+    if kind is None or not isinstance(layer, _FOLDABLE[kind]):
         return False
     if isinstance(layer, nn.Linear) and not _is_matrix(node.args[0], modules):
         return False  # BatchNorm1d looks at axis 1, which is the layer's units only if there are two axes

@@ -29,6 +29,14 @@ class TinyNet(nn.Module):
         return self.fc2(x)
 
 
+class NormedAndActive(nn.BatchNorm2d):
+    """A BatchNorm with a forward of its own, which goes on with an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
+        return F.relu(x)
+
+
 def blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Noisy images of a blob at one of three places: `[count, 1, 8, 8]`, and the places."""
     generator = torch.Generator().manual_seed(seed)

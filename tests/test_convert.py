@@ -210,6 +210,31 @@ def test_folding_batchnorm_is_exact_and_keeps_names():
     assert [e.name for e in conversion(bnn).entries] == list(net.state_dict())
 
 
+class Skipping(nn.BatchNorm2d):
+    """A norm whose outputs depend on more than what it normalised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+def test_norms_that_go_on_with_an_activation_are_folded_and_others_are_not():
+    """However their forward is written, as if it were two modules."""
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 6, 3)]
+    net = nn.Sequential(convolutions[0], helpers.NormedAndActive(4), convolutions[1], Skipping(6), convolutions[2], nn.Flatten())
+    for _ in range(30):
+        net(2 * torch.randn(16, 1, 9, 9) + 1)
+    net.eval()
+    bnn = convert(net).eval()
+    constant = {e.name for e in conversion(bnn).of_kind("constant")}
+    assert constant == {"0.bias", *(f"1.{own}" for own in ("weight", "running_mean", "running_var", "num_batches_tracked"))}
+    assert {e.name for e in conversion(bnn).of_kind("raw")} == {
+        f"3.{own}" for own in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    x = torch.randn(6, 1, 9, 9)
+    assert torch.allclose(helpers.outputs_of(net(x)), mean_outputs(bnn, (x,)), rtol=1e-5, atol=1e-5)
+
+
 def test_training_does_not_change_a_folded_norm():
     bnn = convert(normed().eval())
     x = torch.randn(6, 1, 8, 8)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from miracle_ban import compress, convert, decode, kl, measure
 from miracle_ban.bits import NATS_PER_BIT
@@ -519,6 +520,56 @@ def test_inputs_help(normed, monkeypatch):
         none = error(None)
     assert real < 0.9 * made  # the network's own inputs are as smooth as those that are made up
     assert made < 0.7 * none
+
+
+def test_a_norm_with_an_activation_inside_is_as_good_as_two_modules():
+    """Its bias makes up for shifts before the activation."""
+    torch.manual_seed(0)
+    first, second, out = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 4)
+    whole, parts = (
+        nn.Sequential(first, make(), second, make(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), out)
+        for make in (lambda: helpers.NormedAndActive(16), lambda: nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()))
+    )
+    for _ in range(30):
+        whole(images(64, seed=torch.randint(10**6, ()).item()))
+    for own, part in ((whole[1], parts[1][0]), (whole[3], parts[3][0])):
+        part.load_state_dict(own.state_dict())
+    x, errors = images(500, seed=5), []
+    for net in (whole.eval(), parts.eval()):
+        total = 0.0
+        for seed in range(3):
+            other = copy.deepcopy(net)
+            other.load_state_dict(decode(compress(net, budget=600, inputs=images(300, seed=1), seed=seed, progress=False), other))
+            with torch.no_grad():
+                total += float((other(x) - net(x)).square().mean())
+        errors.append(total)
+    assert errors[0] < 1.3 * errors[1]
+
+
+class Turned(nn.Linear):
+    """A layer of the user's own, whose outputs are not where a linear layer's are."""
+
+    def forward(self, x):
+        return super().forward(x).transpose(1, 2)
+
+
+def test_layers_with_channels_elsewhere():
+    """LayerNorms of images and classes of the user's own are measured as what they are, or not at all."""
+    torch.manual_seed(0)
+    blocks = [CNBlockConfig(12, 20, 1), CNBlockConfig(20, None, 1)]
+    for net, x in (
+        (ConvNeXt(blocks, num_classes=4), F.interpolate(torch.randn(64, 3, 8, 8), scale_factor=4)),
+        (nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), Turned(8, 5), nn.Flatten(), nn.Linear(35, 3)), torch.randn(64, 7, 6)),
+    ):
+        sensitivity = Reconstruction(convert(net.eval(), per_unit=True), [x]).sensitivity
+        of_channels = [m for m in net.modules() if isinstance(m, nn.LayerNorm)]
+        owned = [net.get_submodule(name) for name in sensitivity.owner.values()]
+        assert all(any(m is own for own in owned) for m in of_channels)
+        assert not any(isinstance(own, Turned) for own in owned)
+        other = copy.deepcopy(net)
+        other.load_state_dict(decode(compress(net, budget="4 kB", inputs=x, progress=False), other))
+        with torch.no_grad():
+            assert float((other(x) - net(x)).square().mean()) < 0.1 * float(net(x).var())
 
 
 def test_more_bytes_are_a_better_copy(trained_net):
