@@ -31,7 +31,7 @@ WITH_CHANNELS = (*_CHANNELS_LAST, *_CHANNELS_FIRST)
 SOLVED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights are those of a regression
 
 
-class _Reached(Exception):  # noqa: N818, no error
+class Reached(Exception):  # noqa: N818, no error
     """The module that was waited for has been called."""
 
 
@@ -280,21 +280,26 @@ def _check_finite(outputs: Any) -> None:
 
 def called(net: nn.Module, module: str, batches: Iterable[Any], *, output: bool) -> Iterator[Tensor]:
     """Of each batch the first input, or the output, of a module when it is first called; the network is in eval until the last."""
+    with evaluating(net), use_mode(net, "mean"), caught(net.get_submodule(module), output=output) as found:
+        for batch in batches:
+            with contextlib.suppress(Reached):
+                call(net, batch)
+            yield found.pop()
+
+
+@contextlib.contextmanager
+def caught(module: nn.Module, *, output: bool) -> Iterator[list[Tensor]]:
+    """Within, a module that is called puts its first input, or its output, on the list and raises `Reached`."""
     found: list[Tensor] = []
 
     def keep(own: nn.Module, args: Any, options: Any, *result: Any) -> None:
         x = _first_input(args, options)
         found.append(_given(own, x, result[0]) if output else x)
-        raise _Reached
+        raise Reached
 
-    target = net.get_submodule(module)
-    hook = (target.register_forward_hook if output else target.register_forward_pre_hook)(keep, with_kwargs=True)
+    hook = (module.register_forward_hook if output else module.register_forward_pre_hook)(keep, with_kwargs=True)
     try:
-        with evaluating(net), use_mode(net, "mean"):
-            for batch in batches:
-                with contextlib.suppress(_Reached):
-                    call(net, batch)
-                yield found.pop()
+        yield found
     finally:
         hook.remove()
 

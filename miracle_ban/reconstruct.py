@@ -19,7 +19,7 @@ The linear maps inside attention and recurrent layers are layers here, too (`exp
 inputs; those depend on the layer's own weights, so they are measured again after each part, unless units are going to be scaled.
 Least squares from inputs that carry much noise shrink a layer's outputs, and layer after layer that adds up. So where there are few
 bits a weight each unit is scaled, once its layer is coded, until its outputs vary as they did in the float network (`gains`).
-Leans on `sensitivity`, `priors`, `measure`, `exposed`, `layers`, `convert` and torch.
+Leans on `sensitivity`, `passes`, `priors`, `measure`, `exposed`, `layers`, `convert` and torch.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from .bits import NATS_PER_BIT
 from .convert import conversion
 from .exposed import StateMap, exposed
 from .layers import Posterior, posteriors
+from .passes import Passes
 from .priors import DROP_BELOW_BITS, LEAST, SAMPLE, WIDER, Sampled, match_kl, set_posterior, share_of_means, widening
 from .sensitivity import DAMPING, Sensitivity, diagonals, is_full
 
@@ -79,6 +80,7 @@ class Reconstruction:
         self.model = model = exposed(model, batches[0]) if batches else model
         self.batches, self.noise = batches, noise or {}
         self.float = copy.deepcopy(model).eval() if batches else model  # without inputs nothing is held against it
+        self._passes, self._float_passes = Passes(model, batches), Passes(self.float, batches)
         self.sensitivity = Sensitivity(self.float, batches, self.noise)
         self.trained, self.owner = self.sensitivity.trained, self.sensitivity.owner
         self.lam = 1.0
@@ -141,7 +143,9 @@ class Reconstruction:
             self.kl_bits = {name: float(p.kl()) / NATS_PER_BIT for name, p in posteriors(self.model).items()}
             return
         before = {name: float(p.kl()) for name, p in posteriors(self.model).items()}
-        real, self.model = self.model, copy.deepcopy(self.model)
+        real = self.model, self._passes
+        self.model = copy.deepcopy(self.model)
+        self._passes = Passes(self.model, self.batches)
         generator = torch.Generator().manual_seed(seed)
         part, biases = {}, {}
         held = posteriors(self.model)
@@ -157,7 +161,7 @@ class Reconstruction:
             gains = self.gains(name)
             if gains is not None:
                 p.value.mul_(gains.reshape(-1, *[1] * (p.mean.dim() - 1)))
-        self.model = real
+        self.model, self._passes = real
         together = sum(biases.values())
         share = min(1.0, _LARGEST_PART_OF_BIASES * kl_bits / max(together, LEAST))
         kept = sum(v * before[name] for name, v in part.items()) / max(sum(before.values()), LEAST)
@@ -281,7 +285,7 @@ class Reconstruction:
         mean: Any = 0.0
         mean_float: Any = 0.0
         count = 0
-        for pair in zip(*(measure.called(net, module, self.batches, output=False) for net in (self.float, self.model)), strict=True):
+        for pair in zip(*(passes.called(module, output=False) for passes in (self._float_passes, self._passes)), strict=True):
             x_float, x = measure.rows(layer, list(pair), len(self.batches), generator)
             count += x.shape[1]
             h, c = h + x.mT @ x, c + x_float.mT @ x
@@ -303,7 +307,7 @@ class Reconstruction:
     def _output_moments(self, module: str) -> tuple[Tensor, Tensor]:
         """Mean and variance of a module's outputs in the network as it is coded so far, by channel."""
         sums = measure.Sums()
-        for output in measure.called(self.model, module, self.batches, output=True):
+        for output in self._passes.called(module, output=True):
             sums.add(measure.channels(self.model.get_submodule(module), output))
         return sums.moments()
 

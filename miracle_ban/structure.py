@@ -107,12 +107,12 @@ class Structure:
 
 def trace(model: nn.Module) -> Structure:
     """Find the links and foldable norms of `model`; of a model that cannot be traced, those of its parts that can."""
-    with _left_alone(model):
+    with left_alone(model):
         return _trace(model, modules_that_share(model))
 
 
 @contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
+def left_alone(model: nn.Module) -> Iterator[None]:
     """Undo what the model's own code stores while it is traced: some keep what they saw, here a proxy, for their next call."""
     before = [
         (vars(m), {k: (v, v.copy() if isinstance(v, list | dict | set) else None) for k, v in vars(m).items()}) for m in model.modules()

@@ -22,7 +22,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # the house of the design, top to bottom: a module imports only from those above it
 ORDER = [
     "errors", "bits", "files", "randomness", "blocks", "tree", "trellis", "container", "decode", "network", "load", "distributed",
-    "gaussian", "coders", "layers", "structure", "convert", "inputs", "teaching", "measure", "unfold", "priors", "exposed",
+    "gaussian", "coders", "layers", "structure", "convert", "inputs", "teaching", "measure", "unfold", "priors", "exposed", "passes",
     "sensitivity", "reconstruct", "ban", "recursion", "checkpoint", "feed", "course", "plan", "objective", "train", "penalty", "noise",
     "graphs", "harden", "packing", "block_packing", "trellis_packing", "rescale", "encode", "compress", "hub", "sources", "plots",
     "demo", "listing", "cli",
