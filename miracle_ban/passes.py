@@ -23,6 +23,7 @@ from .structure import left_alone
 
 _LARGEST = 1 << 27  # bytes of values that are kept
 _Values = dict[fx.Node, Any]
+_Versions = list[tuple[Tensor, int]]
 
 
 class Passes:
@@ -38,7 +39,7 @@ class Passes:
         self._graph = _traced(net, batches)
         self._at = 0  # the node that values are kept for
         self._kept: list[_Values] = []  # of each batch, what that node and later ones are given
-        self._versions: list[tuple[int, int]] = []  # of the tensors that made them
+        self._versions: _Versions = []  # of the tensors that made them
 
     def called(self, module: str, *, output: bool) -> Iterator[Tensor]:
         """See `measure.called`."""
@@ -47,7 +48,7 @@ class Passes:
         if graph is None or end is None:
             yield from called(self.net, module, self.batches, output=output)
             return
-        goes_on = bool(self._kept) and self._at <= end and graph.versions(self._at) == self._versions
+        goes_on = bool(self._kept) and self._at <= end and _alike(graph.versions(self._at), self._versions)
         start, kept, size = self._at if goes_on else 0, [], 0
         with evaluating(self.net), use_mode(self.net, "mean"), caught(target, output=output) as found:
             for number, batch in enumerate(self.batches):
@@ -104,8 +105,8 @@ class _Graph:
                     del values[used]
         return values
 
-    def versions(self, stop: int) -> list[tuple[int, int]]:
-        """Of each tensor that the nodes before `stop` read: which it is, and how often it was changed."""
+    def versions(self, stop: int) -> _Versions:
+        """The tensors that the nodes before `stop` read, and how often each was changed."""
         read: list[Tensor] = []
         for node in self.nodes[:stop]:
             holder = getattr(node.target, "__self__", None) if node.op == "call_function" else self._module(node)
@@ -114,7 +115,7 @@ class _Graph:
                     read += [module.mean, module.value, module.fixed]
                 else:
                     read += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        return [(id(t), t._version) for t in read]
+        return [(t, t._version) for t in read]
 
 
 class _Tracer(fx.Tracer):
@@ -136,6 +137,7 @@ def _traced(net: nn.Module, batches: list[Any]) -> _Graph | None:
                     vars(p)["current"] = _reading(tracer, p)
                 _, defaults = _bound(net, batches[0])
                 graph = _Graph(net, list(tracer.trace(net, defaults).nodes))
+            graph.versions(len(graph.nodes))  # which tensors of inference mode do not have
             for batch in {examples_in(batch): batch for batch in batches}.values():
                 values = graph.run(graph.given(batch), 0, len(graph.nodes))
                 found, wanted = (tree_leaves(outputs) for outputs in (values[graph.nodes[-1]], call(net, batch)))
@@ -161,6 +163,10 @@ def _bound(net: nn.Module, batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _same(a: Any, b: Any) -> bool:
     return a.equal(b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+
+
+def _alike(a: _Versions, b: _Versions) -> bool:
+    return len(a) == len(b) and all(own is other and version == before for (own, version), (other, before) in zip(a, b, strict=True))
 
 
 def _cloned(values: _Values) -> _Values:

@@ -131,6 +131,15 @@ def test_what_comes_before_is_computed_once():
     assert len(count) == len(batches) * 3
 
 
+def test_inference_mode():
+    with torch.inference_mode():
+        net, batches = made("sequential")
+        own = Passes(net, batches)
+        for step in range(3):
+            assert all(map(torch.equal, list(own.called("4", output=True)), list(measure.called(net, "4", batches, output=True))))
+            posteriors(net)["0.weight"].mean.mul_(1.0 + step)
+
+
 @torch.no_grad()
 def test_large_values_are_not_kept(monkeypatch):
     monkeypatch.setattr(passes, "_LARGEST", 8 * 8 * 4)
