@@ -350,7 +350,7 @@ def _thaw_norms(net: nn.Module) -> None:
 
 
 def _norms_with_statistics(net: nn.Module) -> list[tuple[str, Any]]:
-    """BatchNorms that compute a fixed affine map in evaluation, and whose tensors no other module has."""
+    """BatchNorms that begin with a fixed affine map in evaluation, and whose tensors no other module has."""
     tensors: dict[int, int] = {}
     for module in net.modules():
         for t in (*module._parameters.values(), *module._buffers.values()):
