@@ -51,11 +51,12 @@ def copied(net: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def evaluating(net: nn.Module) -> Iterator[nn.Module]:
+def evaluating(net: nn.Module) -> Iterator[None]:
     """Within, all of a network is in evaluation; after that each of its modules is in its own mode again."""
     modes = [(module, module.training) for module in net.modules()]
     try:
-        yield net.eval()
+        net.eval()
+        yield
     finally:
         for module, training in modes:
             module.training = training
